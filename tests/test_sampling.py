@@ -1,0 +1,109 @@
+"""Section 11: drawing characters, and the key/value cache."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import train
+from test_model import V, make
+
+LOGITS = mx.array([0.3, 2.0, -1.0, 1.1, 0.0])
+
+
+def frequencies(n, *arguments):
+    mx.random.seed(0)
+    return np.bincount([train.sample(LOGITS, *arguments) for _ in range(n)], minlength=5) / n
+
+
+@pytest.mark.parametrize("temperature", [0, 1e-6, 1e-3])
+def test_temperature_near_zero_is_greedy(temperature):
+    assert frequencies(50, temperature)[1] == 1
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+def test_frequencies_agree_with_softmax(temperature):
+    p = np.exp(np.array(LOGITS) / temperature)
+    p /= p.sum()
+    n = 4000
+    assert (np.abs(frequencies(n, temperature) - p) < 4 * np.sqrt(p * (1 - p) / n)).all()
+
+
+def test_top_k_keeps_the_likeliest_and_their_proportions():
+    assert set(np.flatnonzero(frequencies(500, 5.0, 3))) == {0, 1, 3}
+    assert frequencies(100, 5.0, 1)[1] == 1
+    p = np.exp([1.1, 2.0]) / np.exp([1.1, 2.0]).sum()
+    assert np.allclose(frequencies(4000, 1.0, 2)[[3, 1]], p, atol=0.03)
+    assert (frequencies(300, 5.0, 99) > 0).all()  # more than there are: all
+
+
+def test_top_k_with_equal_logits_is_still_k():
+    mx.random.seed(0)
+    assert len({train.sample(mx.zeros(8), 1.0, 3) for _ in range(200)}) == 3
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """The logits from which generate draws, in order."""
+    logits, sample = [], train.sample
+    monkeypatch.setattr(train, "sample", lambda l, *a: (logits.append(np.array(l)), sample(l, *a))[1])
+    return logits
+
+
+@pytest.mark.parametrize("ctx_len", [1, 2, 7, 12])
+@pytest.mark.parametrize("length", [1, 5, 12, 13, 40])
+def test_cached_logits_equal_those_without_cache(tiny, seen, ctx_len, length):
+    tiny(ctx_len=ctx_len)
+    model = make(spread=0.2)
+    prompt = np.random.default_rng(1).integers(0, V, length).tolist()
+    mx.random.seed(0)
+    made = list(model.generate(prompt, 30))
+    assert len(made) == len(seen) == 30 and all(type(i) is int for i in made)
+    window = prompt[-ctx_len:]
+    for logits, token in zip(seen, made):
+        whole = np.array(model(mx.array([window])))[0, -1]  # all of the window, every time
+        assert np.abs(logits - whole).max() < 1e-4
+        window = window + [token]
+        if len(window) > ctx_len:
+            window = window[-max(1, ctx_len // 2) :]
+
+
+def test_generates_one_at_a_time(tiny, seen):
+    generator = make().generate([1], 10**9)
+    assert not seen
+    for n in range(1, 30):
+        next(generator)
+        assert len(seen) == n
+
+
+def test_each_new_token_is_one_forward_pass_of_one_token(tiny, monkeypatch):
+    model, lengths = make(), []
+    forward = train.GPT.__call__
+    monkeypatch.setattr(train.GPT, "__call__",
+                        lambda self, x, cache=None: (lengths.append(x.shape[1]),
+                                                     forward(self, x, cache))[1])
+    list(model.generate([1, 2, 3], 20))
+    # 3 tokens of prompt, 9 more fill the 12 positions; then 6 are read again, and so on
+    assert lengths == [3] + [1] * 9 + [6] + [1] * 6 + [6] + [1] * 2
+
+
+def test_generation_is_without_dropout_and_reproducible(tiny):
+    tiny(dropout=0.5)
+    model = make(spread=0.2)
+    model.train()
+    texts = []
+    for _ in range(2):
+        mx.random.seed(1)
+        texts.append(list(model.generate([1], 50)))
+    assert texts[0] == texts[1] and not model.training
+    mx.random.seed(2)
+    assert list(model.generate([1], 50)) != texts[0]
+
+
+def test_model_learns_and_writes_a_cycle(tiny):
+    tiny(num_epochs=8, ctx_len=8, n_layers=1)
+    tokens = np.arange(330) % V
+    mx.random.seed(0)
+    model = train.GPT(V)
+    optimizer = train.make_optimizer(8 * train.count_batches(tokens, 4))
+    losses = [val for _, _, val in train.train(model, optimizer, tokens, tokens[:50])]
+    assert losses[-1] < 0.2
+    assert list(model.generate([4], 40, temperature=0)) == [(5 + i) % V for i in range(40)]

@@ -1,0 +1,158 @@
+"""Section 10: the optimizer against one written in NumPy, the schedule, evaluation, the loop."""
+
+import math
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+import train
+from mlx.utils import tree_flatten
+
+V = 11
+
+
+def setup(n=300):
+    """A model, an optimizer for a whole run, and random tokens to train and validate on."""
+    tokens = np.random.default_rng(5).integers(0, V, n)
+    mx.random.seed(3)
+    model = train.GPT(V)
+    optimizer = train.make_optimizer(
+        train.num_epochs * train.count_batches(tokens, train.batch_size))
+    optimizer.init(model.trainable_parameters())
+    return model, optimizer, tokens, np.random.default_rng(6).integers(0, V, 40)
+
+
+def decays(name):
+    """The rule, by name and not by shape: the weights of the linear layers."""
+    return name.endswith(("_proj.weight", "c_fc.weight", "lm_head.weight"))
+
+
+def test_training_equals_adamw_in_numpy(tiny, monkeypatch):
+    tiny(num_epochs=2, max_norm=0.3, weight_decay=0.5, betas=(0.8, 0.95))
+    model, optimizer, tokens, val = setup()
+    batches = [list(train.get_batches(tokens, 4, shuffle=True)) for _ in range(2)]
+    epochs = iter(batches)
+    get_batches = train.get_batches
+    monkeypatch.setattr(train, "get_batches", lambda tokens, size, shuffle: next(epochs) if shuffle
+                        else get_batches(tokens, size, shuffle))
+    total = 2 * train.count_batches(tokens, 4)
+    w = {n: np.array(p, dtype=np.float64) for n, p in tree_flatten(model.parameters())}
+    m = {n: np.zeros_like(p) for n, p in w.items()}
+    v = {n: np.zeros_like(p) for n, p in w.items()}
+    twin, losses, clipped, t = train.GPT(V), [], 0, 0
+    for epoch in batches:
+        for x, y in epoch:
+            twin.load_weights([(n, mx.array(p.astype(np.float32))) for n, p in w.items()])
+            loss, grads = nn.value_and_grad(twin, train.loss_fn)(twin, x, y)
+            losses.append(loss.item())
+            g = {n: np.array(p, dtype=np.float64) for n, p in tree_flatten(grads)}
+            norm = math.sqrt(sum((p**2).sum() for p in g.values()))
+            clipped += norm > 0.3
+            t += 1
+            lr = 1e-2 * min(1, t / 3) * (1 - (t - 1) / total)
+            for n in w:
+                gradient = g[n] * min(1, 0.3 / norm)
+                m[n] = 0.8 * m[n] + 0.2 * gradient
+                v[n] = 0.95 * v[n] + 0.05 * gradient**2
+                step = m[n] / (1 - 0.8**t) / (np.sqrt(v[n] / (1 - 0.95**t)) + 1e-8)
+                w[n] -= lr * (step + (0.5 * w[n] if decays(n) else 0))
+    assert t == total and 0 < clipped
+    reported = [loss for _, loss, _ in train.train(model, optimizer, tokens, val)]
+    for n, p in tree_flatten(model.parameters()):
+        assert np.abs(np.array(p) - w[n]).max() < 1e-4, n
+    assert np.allclose(reported, [np.mean(losses[: t // 2]), np.mean(losses[t // 2 :])], atol=1e-5)
+
+
+def test_decay_reaches_linear_weights_only(tiny):
+    tiny(weight_decay=0.5, warmup_steps=0, lr=0.1)
+    model, optimizer, _, _ = setup()
+    before = {n: np.array(p) for n, p in tree_flatten(model.parameters())}
+    _, nothing = nn.value_and_grad(model, lambda m: mx.array(0.0) * m.lm_head.bias.sum())(model)
+    optimizer.update(model, nothing)
+    for n, p in tree_flatten(model.parameters()):
+        expected = before[n] * (1 - 0.1 * 0.5) if decays(n) else before[n]
+        assert np.allclose(np.array(p), expected, rtol=1e-6, atol=0), n
+    assert sum(decays(n) for n in before) == train.n_layers * 6 + 1
+
+
+@pytest.mark.parametrize("warmup", [0, 1, 5, 100])
+def test_learning_rate(tiny, warmup):
+    tiny(warmup_steps=warmup, lr=0.02)
+    model, _, _, _ = setup()
+    optimizer = train.make_optimizer(20)
+    _, nothing = nn.value_and_grad(model, lambda m: mx.array(0.0) * m.lm_head.bias.sum())(model)
+    for i in range(20):
+        optimizer.update(model, nothing)
+        expected = 0.02 * (min(1, (i + 1) / warmup) if warmup else 1) * (20 - i) / 20
+        for part in optimizer.state["states"]:
+            assert abs(part["learning_rate"].item() - expected) < 1e-7
+
+
+def test_evaluate_is_the_mean_over_all_characters(tiny):
+    tiny(dropout=0.5)
+    model, _, _, _ = setup()
+    tokens = np.random.default_rng(0).integers(0, V, 12 * 9 + 6)  # batches of 4, 4, 1 rows, a rest
+    model.eval()
+    losses = []
+    for start in range(0, len(tokens) - 1, 12):
+        x = tokens[start : start + 12][: len(tokens) - 1 - start]
+        logits = np.array(model(mx.array(x[None])))[0].astype(np.float64)
+        p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+        losses += [-np.log(p[i, tokens[start + i + 1]]) for i in range(len(x))]
+    model.train()
+    assert len(losses) == len(tokens) - 1
+    assert abs(train.evaluate(model, tokens) - np.mean(losses)) < 1e-5
+    assert model.training and model.blocks[0].mha.attn_dropout.training  # and goes on training
+
+
+def test_overfits_one_batch(tiny):
+    tiny(weight_decay=0.0)
+    model, _, tokens, _ = setup()
+    optimizer = train.make_optimizer(120)
+    x, y = next(train.get_batches(tokens, 4, shuffle=True))
+    losses = []
+    for _ in range(120):
+        loss, grads = nn.value_and_grad(model, train.loss_fn)(model, x, y)
+        optimizer.update(model, grads)
+        losses.append(loss.item())
+    assert abs(losses[0] - math.log(V)) < 0.1 and losses[-1] < 0.05
+
+
+def run():
+    return list(train.train(*setup()))
+
+
+def test_same_seed_same_losses(tiny):
+    tiny(dropout=0.3)
+    first = run()
+    assert run() == first
+    tiny(seed=1)
+    assert run() != first
+
+
+def test_each_epoch_has_its_own_order_and_dropout(tiny):
+    tiny(dropout=0.3, lr=1e-12, num_epochs=3)
+    losses = [loss for _, loss, _ in run()]
+    assert len(set(losses)) == 3
+
+
+def test_training_can_begin_at_a_later_epoch(tiny):
+    tiny(num_epochs=5)
+    model, optimizer, tokens, val = setup()
+    assert [epoch for epoch, _, _ in train.train(model, optimizer, tokens, val, 3)] == [3, 4]
+
+
+def test_dropout_is_active_in_training(tiny):
+    tiny(lr=1e-12)
+    quiet = run()
+    tiny(dropout=0.5)
+    noisy = run()
+    assert quiet[0][1] != noisy[0][1] and abs(quiet[0][2] - noisy[0][2]) < 1e-6
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tiny):
+    model, optimizer, tokens, val = setup()
+    model.lm_head.bias = mx.full((V,), mx.nan)
+    with pytest.raises(FloatingPointError, match="nan in epoch 0, step 0"):
+        list(train.train(model, optimizer, tokens, val))
