@@ -43,7 +43,7 @@ ctx_len = 128        # how many characters the model sees at once
 n_emb = 128          # how many numbers stand for one character inside the model
 n_heads = 4          # attention heads in a block; n_emb must be a multiple of it
 n_layers = 3         # blocks, one after the other
-dropout = 0.1        # share of values zeroed at random in training; more if val rises above train
+dropout = 0.03       # share of values zeroed at random in training; more if val rises above train
 
 # The training.
 num_epochs = 20      # passes over the training text
@@ -60,12 +60,13 @@ max_new_tokens = 1000  # how many characters
 temperature = 0.8      # 0: always the likeliest character; 1: as the model believes; more: wilder
 top_k = 40             # draw among this many likeliest characters only
 
-# Without a GPU the values above take most of an hour or more. Where MLX finds none, these take
-# their place (so these are the ones to edit there), and the run ends within five minutes. The
-# model sees less text than it could learn by heart, so it needs no dropout.
+# Without a GPU the values above take hours. Where MLX finds none, these take their place (so these
+# are the ones to edit there), and a run ends within five minutes. In so short a time a small
+# model that sees much text learns more than a large one that sees little; and as it does not see
+# it often enough to learn it by heart, it needs no dropout.
 if mx.default_device() == mx.cpu:
-    ctx_len, n_emb, n_heads, n_layers, dropout = 48, 64, 4, 2, 0.0
-    num_epochs, batch_size, lr = 2, 8, 5e-3
+    ctx_len, n_emb, n_heads, n_layers, dropout = 48, 64, 8, 1, 0.0
+    num_epochs, batch_size, lr = 2, 8, 1e-2
 
 # ---------------------------------------------------------------------------------------------
 # 2. Data
@@ -572,10 +573,11 @@ def write(model, tokenizer, prompt):
 # The lesson is over. What follows keeps what was learnt in files, so that a run can be stopped
 # and continued and its model used again, and says in one line what is wrong when it is.
 
-SAMPLING = ("max_new_tokens", "temperature", "top_k", "seed")
+ARCHITECTURE = ("ctx_len", "n_emb", "n_heads", "n_layers")  # what the weights were made for
 TRAINING = ("dropout", "num_epochs", "batch_size", "lr", "warmup_steps", "weight_decay", "betas",
             "max_norm")
-ARCHITECTURE = ("ctx_len", "n_emb", "n_heads", "n_layers")  # what the weights were made for
+SAMPLING = ("max_new_tokens", "temperature", "top_k", "seed")
+MODEL, CHECKPOINT = "model.safetensors", "checkpoint.safetensors"
 
 
 def stop(message, status=2):
@@ -589,8 +591,8 @@ def check_settings():
     rules = [
         ("ctx_len n_emb n_heads n_layers num_epochs batch_size max_new_tokens top_k",
          lambda v: isinstance(v, int) and v >= 1, "a whole number of at least 1"),
-        ("warmup_steps seed",
-         lambda v: isinstance(v, int) and 0 <= v < 2**32, "a whole number of at least 0"),
+        ("warmup_steps seed", lambda v: isinstance(v, int) and 0 <= v < 2**32,
+         "a whole number of at least 0"),
         ("lr max_norm", lambda v: 0 < v < math.inf, "more than 0"),
         ("weight_decay temperature", lambda v: 0 <= v < math.inf, "at least 0"),
         ("dropout", lambda v: 0 <= v < 1, "at least 0 and less than 1"),
@@ -610,30 +612,29 @@ def load_tokens():
         text = load_text()
     except UnicodeDecodeError as error:
         stop(f"input.txt is not UTF-8 text: it goes wrong at byte {error.start}")
-    except OSError as error:
-        stop(f"cannot read input.txt: {error.strerror}")
     # The training part must hold a batch of chunks and one chunk more, see count_batches.
     needed = max(20, -(-(batch_size + 1) * ctx_len * 10 // 9))
     if len(text) < needed:
-        stop(f"input.txt has {len(text)} characters; ctx_len = {ctx_len} and "
-             f"batch_size = {batch_size} need at least {needed}")
+        stop(f"input.txt has {len(text)} characters; ctx_len = {ctx_len} and batch_size = "
+             f"{batch_size} need at least {needed}")
     tokenizer = CharTokenizer(text)
     if tokenizer.vocab_size == 1:
         stop(f"input.txt holds only one distinct character, {text[0]!r}: nothing to learn there")
     return tokenizer, np.array(tokenizer.encode(text), dtype=np.int32)
 
 
-def save(path, arrays, tokenizer, history):
+def save(path, tree, tokenizer, history):
     """Writes a safetensors file, whole or not at all: under another name, which is then changed.
 
-    The metadata are JSON: vocab, constants, epoch and loss (the last), history of all losses.
+    The metadata are JSON: vocab, constants, history of all losses, epoch and loss (the last).
     """
-    constants = {name: globals()[name] for name in (*ARCHITECTURE, *TRAINING, *SAMPLING)}
+    constants = {name: globals()[name] for name in ARCHITECTURE + TRAINING + SAMPLING}
     metadata = {"vocab": "".join(tokenizer.vocab), "constants": constants, "history": history,
                 "epoch": len(history) - 1, "loss": history[-1][1]}
     temporary = path.replace(".safetensors", ".tmp.safetensors")
     try:
-        mx.save_safetensors(temporary, arrays, {k: json.dumps(v) for k, v in metadata.items()})
+        mx.save_safetensors(temporary, dict(tree_flatten(tree)),
+                            {name: json.dumps(value) for name, value in metadata.items()})
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
         stop(f"cannot write {path}, which is as it was before: {error}")
@@ -641,38 +642,38 @@ def save(path, arrays, tokenizer, history):
         Path(temporary).unlink(missing_ok=True)
 
 
-def load(path):
-    """The arrays and the metadata, decoded, of a file of save(). Stops if there are none."""
+def load(path, make_like):
+    """What save() wrote: the tree and the metadata. Stops if that is not what the file holds.
+
+    make_like(metadata) gives a tree with the names and shapes that the arrays must have.
+    """
     if not Path(path).is_file():
         stop(f"there is no {path} in this folder: python train.py makes one")
     try:
         arrays, metadata = mx.load(path, return_metadata=True)
-        names = ("vocab", "constants", "history", "epoch", "loss")
-        return arrays, {name: json.loads(metadata[name]) for name in names}
+        metadata = {name: json.loads(metadata[name]) for name in ("vocab", "constants", "history")}
     except (RuntimeError, KeyError, ValueError):
         stop(f"{path} is damaged, or was not written by this script")
-
-
-def unpack(path, arrays, like):
-    """The arrays of a file as a tree. Stops unless it has the names and shapes of tree `like`."""
-    if {name: a.shape for name, a in arrays.items()} != {n: a.shape for n, a in tree_flatten(like)}:
+    like = dict(tree_flatten(make_like(metadata)))
+    if {name: a.shape for name, a in arrays.items()} != {name: a.shape for name, a in like.items()}:
         stop(f"{path} is damaged, or was not written by this script")
-    return tree_unflatten(list(arrays.items()))
+    return tree_unflatten(list(arrays.items())), metadata
 
 
 def resume(model, optimizer, tokenizer, steps_per_epoch):
     """Puts the checkpoint into model and optimizer, and returns its history of losses."""
-    path = "checkpoint.safetensors"
-    arrays, metadata = load(path)
-    for name in ARCHITECTURE:
-        then, now = metadata["constants"][name], globals()[name]
-        if then != now:
-            stop(f"{path} was saved with {name} = {then}, now it is {now}: set it back, or train "
-                 "without --resume")
-    if metadata["vocab"] != "".join(tokenizer.vocab):
-        stop(f"input.txt has other characters than when {path} was saved")
-    like = {"model": model.parameters(), "optimizer": optimizer.state}
-    tree = unpack(path, arrays, like)
+
+    def make_like(metadata):
+        for name in ARCHITECTURE:
+            then, now = metadata["constants"][name], globals()[name]
+            if then != now:
+                stop(f"{CHECKPOINT} was saved with {name} = {then}, now it is {now}: set it back, "
+                     "or train without --resume")
+        if metadata["vocab"] != "".join(tokenizer.vocab):
+            stop(f"input.txt has other characters than when {CHECKPOINT} was saved")
+        return {"model": model.parameters(), "optimizer": optimizer.state}
+
+    tree, metadata = load(CHECKPOINT, make_like)
     model.update(tree["model"])
     optimizer.state = tree["optimizer"]
     for part in optimizer.state["states"]:  # the schedule goes on, even if batch_size has changed
@@ -681,18 +682,23 @@ def resume(model, optimizer, tokenizer, steps_per_epoch):
 
 
 def sample_from_file(prompt):
-    """Streams text that continues prompt, by the model and the constants in model.safetensors."""
-    path = "model.safetensors"
-    arrays, metadata = load(path)
-    globals().update({k: v for k, v in metadata["constants"].items() if k not in SAMPLING})
-    check_settings()
+    """Streams text that continues prompt, by the model and the constants in its file."""
+
+    def make_like(metadata):
+        saved = metadata["constants"]
+        globals().update({name: saved[name] for name in ARCHITECTURE + TRAINING})
+        check_settings()
+        return GPT(len(metadata["vocab"])).parameters()
+
+    weights, metadata = load(MODEL, make_like)
     tokenizer = CharTokenizer(metadata["vocab"])
     model = GPT(tokenizer.vocab_size)
-    model.update(unpack(path, arrays, model.parameters()))
+    model.update(weights)
     try:
         tokenizer.encode(prompt)
     except ValueError as error:
         stop(error)
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # let `train.py --sample | head` end quietly
     print(prompt, end="", flush=True)
     write(model, tokenizer, prompt)
 
@@ -711,14 +717,15 @@ def train_and_write(resuming):
         sys.stdout = open(os.devnull, "w")
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     if mx.default_device() == mx.cpu:
-        print(f"MLX finds no GPU here, so this is the small model: ctx_len {ctx_len}, "
-              f"n_emb {n_emb}, {n_layers} layers, batches of {batch_size}, {num_epochs} epochs.")
+        print(f"MLX finds no GPU here, so this is the small model: ctx_len {ctx_len}, n_emb "
+              f"{n_emb}, n_layers {n_layers}, batch_size {batch_size}, num_epochs {num_epochs}.")
     check_settings()
+    if batch_size % world.size():
+        if world.rank() > 0:
+            raise SystemExit  # saying it once is enough
+        stop(f"batch_size = {batch_size} must be a multiple of the {world.size()} processes")
     tokenizer, tokens = load_tokens()
-    try:
-        tempfile.TemporaryFile(dir=".").close()
-    except OSError as error:
-        stop(f"cannot write into this folder: {error.strerror}")
+    tempfile.TemporaryFile(dir=".").close()  # better to fail now than after the first epoch
 
     train_tokens, val_tokens = split(tokens)
     mx.random.seed(seed)
@@ -742,29 +749,18 @@ def train_and_write(resuming):
                   f"{left // 60}:{left % 60:02} left", flush=True)
             if world.rank() == 0:
                 if losses[1] == min(val for _, val in history):
-                    weights = dict(tree_flatten(model.parameters()))
-                    save("model.safetensors", weights, tokenizer, history)
-                everything = {"model": model.parameters(), "optimizer": optimizer.state}
-                save("checkpoint.safetensors", dict(tree_flatten(everything)), tokenizer, history)
-    except FloatingPointError as error:
-        stop(f"{error}: lower lr = {lr}")
+                    save(MODEL, model.parameters(), tokenizer, history)
+                tree = {"model": model.parameters(), "optimizer": optimizer.state}
+                save(CHECKPOINT, tree, tokenizer, history)
     except KeyboardInterrupt:
-        if not history:
-            stop("stopped. No epoch was finished, so nothing is saved", status=130)
-        stop(f"stopped. Epochs 0 to {len(history) - 1} are saved: python train.py --resume goes on "
-             "from there", status=130)
-    if first_epoch >= num_epochs:
-        print(f"With num_epochs = {num_epochs} all {num_epochs} epochs are done.")
+        saved = f"Epochs 0 to {len(history) - 1} are saved: --resume goes on from there"
+        stop(f"stopped. {saved if history else 'No epoch was finished, nothing is saved'}", 130)
 
     for name, losses in zip(("train", "val"), zip(*history)):
         draw_curve(name, losses)
     if world.rank() == 0:
         newline = "\n" if "\n" in tokenizer.vocab else tokenizer.vocab[0]
-        text = write(model, tokenizer, newline)
-        try:
-            Path("completions.txt").write_text(text, encoding="utf-8")
-        except OSError as error:
-            stop(f"cannot write completions.txt: {error.strerror}")
+        Path("completions.txt").write_text(write(model, tokenizer, newline), encoding="utf-8")
 
 
 def main():
@@ -772,10 +768,9 @@ def main():
         description="Train a small GPT-2 on input.txt, then let it write. All settings are "
         "constants at the top of this file.")
     group = parser.add_mutually_exclusive_group()
-    group.add_argument("--resume", action="store_true",
-                       help="go on with the run in checkpoint.safetensors")
+    group.add_argument("--resume", action="store_true", help=f"go on with the run in {CHECKPOINT}")
     group.add_argument("--sample", metavar="PROMPT", nargs="?", const="\n",
-                       help="continue PROMPT with the model in model.safetensors")
+                       help=f"continue PROMPT, or a new line, with the model in {MODEL}")
     arguments = parser.parse_args()
     sys.stdout.reconfigure(errors="replace")  # for terminals that cannot show every character
     try:
@@ -783,8 +778,12 @@ def main():
             train_and_write(arguments.resume)
         else:
             sample_from_file(arguments.sample or "\n")
-    except KeyboardInterrupt:  # while writing; train_and_write handles it while training
-        stop("stopped.", status=130)
+    except FloatingPointError as error:
+        stop(f"{error}: lower lr = {lr}")
+    except OSError as error:
+        stop(f"cannot use {error.filename}: {error.strerror}")
+    except KeyboardInterrupt:  # while writing; in training it is met above
+        stop("stopped", 130)
 
 
 if __name__ == "__main__":

@@ -39,14 +39,14 @@ def edited(source, **settings):
 class Folder:
     """A folder with a copy of train.py in tiny settings and a small input.txt."""
 
-    def __init__(self, path, **settings):
+    def __init__(self, path, source=None, **settings):
         self.path = path
+        self.source = source or (ROOT / "train.py").read_text(encoding="utf-8")
         self.edit(**settings)
         (path / "input.txt").write_text(TEXT)
 
     def edit(self, **settings):
-        source = (ROOT / "train.py").read_text(encoding="utf-8")
-        (self.path / "train.py").write_text(edited(source, **{**TINY, **settings}),
+        (self.path / "train.py").write_text(edited(self.source, **{**TINY, **settings}),
                                             encoding="utf-8")
 
     def command(self, *arguments):

@@ -1,0 +1,214 @@
+"""Speed and memory, measured side by side in one run: python tests/benchmark.py [seconds]
+
+The model is the default one at the top of train.py, on whatever device there is. All variants
+take turns, for `seconds` (60) in training and a quarter of it in sampling; what is printed comes
+from the median of each one's turns. Every turn in training is `STEPS` steps.
+"""
+
+import ast
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import train  # noqa: E402
+
+SOURCE = (ROOT / "train.py").read_text(encoding="utf-8")
+DEFAULTS = {name: ast.literal_eval(value) for name, value in
+            re.findall(r"^(\w+) = ([^#\n]+?) +# ", SOURCE.split("# 2. Data\n")[0], re.M)}
+STEPS = 20 if mx.default_device() == mx.gpu else 2
+
+
+def prepare():
+    """Sets the default settings; returns as many tokens of the text as make STEPS steps."""
+    for name, value in {**DEFAULTS, "num_epochs": 10**9}.items():
+        setattr(train, name, value)
+    train.evaluate = lambda *_: 0.0
+    text = train.load_text(ROOT / "input.txt")
+    tokens = np.array(train.CharTokenizer(text).encode(text), dtype=np.int32)
+    return tokens[: (STEPS * train.batch_size + 1) * train.ctx_len]
+
+
+def ours(tokens, compiled=True):
+    """train.py as it is: a turn is an epoch of its loop, without the evaluation."""
+    mx.random.seed(0)
+    model, optimizer = train.GPT(65), train.make_optimizer(10**9)
+    optimizer.init(model.trainable_parameters())
+    epochs = train.train(model, optimizer, tokens, tokens)
+
+    def turn():
+        (mx.enable_compile if compiled else mx.disable_compile)()
+        next(epochs)
+    return turn
+
+
+def article(tokens):
+    """The plain loop: all chunks shuffled at once, no mx.compile, .item() in every step."""
+    mx.random.seed(0)
+    model, optimizer = train.GPT(65), optim.AdamW(1e-3)
+    loss_and_grad = nn.value_and_grad(model, train.loss_fn)
+    B, T = train.batch_size, train.ctx_len
+    x = mx.array(tokens[: STEPS * B * T].reshape(-1, T))
+    y = mx.array(tokens[1 : STEPS * B * T + 1].reshape(-1, T))
+
+    def turn():
+        mx.disable_compile()
+        order = mx.array(np.random.permutation(STEPS * B))
+        shuffled_x, shuffled_y, total = x[order], y[order], 0.0
+        for i in range(0, STEPS * B, B):
+            loss, grads = loss_and_grad(model, shuffled_x[i : i + B], shuffled_y[i : i + B])
+            optimizer.update(model, grads)
+            total += loss.item()
+            mx.eval(model.parameters(), optimizer.state)
+    return turn
+
+
+def pytorch(tokens):
+    """A PyTorch model of the same shape, if there are both PyTorch and a GPU for it."""
+    try:
+        import torch
+    except ImportError:
+        return None
+    device = ("cuda" if torch.cuda.is_available() else
+              "mps" if torch.backends.mps.is_available() else None)
+    if device is None:
+        return None
+    F, C, H, p = torch.nn.functional, train.n_emb, train.n_heads, train.dropout
+
+    class Block(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.ln_1, self.ln_2 = torch.nn.LayerNorm(C), torch.nn.LayerNorm(C)
+            self.qkv, self.proj = torch.nn.Linear(C, 3 * C, bias=False), torch.nn.Linear(C, C)
+            self.mlp = torch.nn.Sequential(torch.nn.Linear(C, 4 * C), torch.nn.GELU(),
+                                           torch.nn.Linear(4 * C, C), torch.nn.Dropout(p))
+
+        def forward(self, x):
+            B, T, _ = x.shape
+            q, k, v = self.qkv(self.ln_1(x)).view(B, T, 3, H, C // H).permute(2, 0, 3, 1, 4)
+            out = F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True)
+            x = x + F.dropout(self.proj(out.transpose(1, 2).reshape(B, T, C)), p)
+            return x + self.mlp(self.ln_2(x))
+
+    wte, wpe = torch.nn.Embedding(65, C).to(device), torch.nn.Embedding(train.ctx_len, C).to(device)
+    body = torch.nn.Sequential(*(Block() for _ in range(train.n_layers)), torch.nn.LayerNorm(C),
+                               torch.nn.Linear(C, 65)).to(device)
+    weights = [*wte.parameters(), *wpe.parameters(), *body.parameters()]
+    optimizer = torch.optim.AdamW(weights, lr=1e-3, fused=device == "cuda")
+    places = torch.arange(train.ctx_len, device=device)
+
+    def turn():
+        for batch in train.get_batches(tokens, train.batch_size, shuffle=True):
+            x, y = (torch.from_numpy(np.array(a)).long().to(device) for a in batch)
+            loss = F.cross_entropy(body(F.dropout(wte(x) + wpe(places), p)).view(-1, 65), y.view(-1))
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(weights, 1.0)
+            optimizer.step()
+        loss.item()
+    return turn
+
+
+def race(variants, seconds):
+    """The median seconds of a turn of each variant, after one turn each to warm up."""
+    times = {name: [] for name in variants}
+    for turn in variants.values():
+        turn()
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(times[name]) < 3:
+        for name, turn in variants.items():
+            start = time.perf_counter()
+            turn()
+            times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(turns) for name, turns in times.items()}
+
+
+def sampling():
+    """The turns of generate at a full window, and of the article's way, the window run anew."""
+    mx.random.seed(0)
+    model = train.GPT(65)
+    model.eval()
+    window = list(np.random.default_rng(0).integers(0, 65, train.ctx_len))
+    made = model.generate(window, 10**9)
+
+    def with_cache():  # as many characters as lie between two readings-in of half the window
+        for _ in range(train.ctx_len // 2):
+            next(made)
+
+    def without_cache():
+        window.append(mx.random.categorical(model(mx.array([window]))[0, -1]).item())
+        del window[0]
+    return {"with the key/value cache": with_cache, "the whole window each time": without_cache}
+
+
+def peak_memory(variant):
+    """MiB in a fresh process, at most, by MLX's own account."""
+    code = (f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r})\n"
+            "from benchmark import *\n"
+            f"turn = {variant}; turn(); turn()\n"
+            "print(mx.get_peak_memory() / 2**20)")
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return float(result.stdout)
+
+
+def seconds_to_first_step():
+    """From the start of python to the call of the first training step, with our input.txt."""
+    call = "            losses.append(step("
+    assert SOURCE.count(call) == 1
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "train.py").write_text(
+            SOURCE.replace(call, "            raise SystemExit('first step')\n" + call), "utf-8")
+        Path(folder, "input.txt").write_bytes((ROOT / "input.txt").read_bytes())
+        times = []
+        for _ in range(5):
+            start = time.perf_counter()
+            result = subprocess.run([sys.executable, "train.py"], cwd=folder, capture_output=True)
+            times.append(time.perf_counter() - start)
+            assert b"first step" in result.stderr
+    return statistics.median(times)
+
+
+def show(title, rows, digits, better, baseline):
+    print(f"\n{title}")
+    for name, value in rows.items():
+        ratio = value / rows[baseline] if better == "more" else rows[baseline] / value
+        print(f"  {name:<32}{value:>12,.{digits}f}   {ratio:6.2f} times as good")
+
+
+def main():
+    seconds = float(sys.argv[1]) if len(sys.argv) > 1 else 60
+    tokens = prepare()
+    print(f"MLX {mx.__version__}, {mx.default_device()}: the default model, batches of "
+          f"{train.batch_size} x {train.ctx_len} characters")
+    plain = "the article's loop"
+    variants = {"train.py": ours(tokens), "train.py, not compiled": ours(tokens, compiled=False),
+                plain: article(tokens), "PyTorch": pytorch(tokens)}
+    times = race({name: turn for name, turn in variants.items() if turn}, seconds)
+    characters = STEPS * train.batch_size * train.ctx_len
+    show("Training, characters a second", {name: characters / t for name, t in times.items()}, 0,
+         "more", plain)
+    show("Peak memory in training, MiB",
+         {"train.py": peak_memory("ours(prepare())"),
+          "train.py, not compiled": peak_memory("ours(prepare(), compiled=False)"),
+          plain: peak_memory("article(prepare())")}, 0, "less", plain)
+    turns = sampling()
+    times = race(turns, seconds / 4)
+    cached, whole = turns
+    show("Sampling, characters a second",
+         {cached: train.ctx_len // 2 / times[cached], whole: 1 / times[whole]}, 0, "more", whole)
+    print(f"\nFrom start to first training step: {seconds_to_first_step():.2f} s")
+
+
+if __name__ == "__main__":
+    main()
