@@ -12,7 +12,10 @@ Read it from the top. Each section needs only the ones before it:
 
 Then change a setting and run it again.
 
-@EXPECT@
+What to expect of the validation loss, the mean over all characters that training never saw:
+the default settings reach 1.487 on Tiny Shakespeare (one seed; the README tells where to get it).
+Without a GPU a smaller model is trained, to @SMALLTS@ on Tiny Shakespeare and @SMALLOWN@ on the
+shipped input.txt. Guessing would cost 4.17.
 """
 
 import argparse
@@ -282,7 +285,7 @@ class MultiHeadAttention(nn.Module):
         scores = scores + self._mask[S - T : S, :S]  # one (T, S) for all rows and heads
         weights = self.attn_dropout(mx.softmax(scores, axis=-1))
         out = weights @ v  # (B, n_heads, T, head_size)
-        out = out.transpose(0, 2, 1, 3).reshape(B, T, n_emb)  # the heads side by side again
+        out = out.transpose(0, 2, 1, 3).reshape(B, T, n_emb)  # (B, T, n_emb), heads side by side
         return self.resid_dropout(self.c_proj(out))  # (B, T, n_emb), and the heads mixed
 
 
@@ -347,8 +350,9 @@ class Block(nn.Module):
 # vector into vocab_size scores, the logits. The larger a token's logit, the more the model
 # believes that it comes next; softmax makes probabilities of them.
 #
-# With the settings at the top and 65 characters it has 627,009 parameters. GPT-2 is the same
-# with n_emb = 768, 12 heads, 12 layers, ctx_len = 1024: 124 million, in its smallest size.
+# All numbers in it that training changes are its parameters: with the settings at the top and 65
+# characters, 627,009. GPT-2 in its smallest size has 124 million, with n_emb = 768, 12 heads,
+# 12 layers, ctx_len = 1024 and 50,257 tokens.
 # (Radford et al., Language Models are Unsupervised Multitask Learners, 2019)
 
 
@@ -386,7 +390,7 @@ class GPT(nn.Module):
         x = self.wte(x) + self.wpe(mx.arange(start, start + T))  # (B, T, n_emb) + (T, n_emb)
         x = self.dropout(x)
         for i, block in enumerate(self.blocks):
-            x = block(x, cache and cache[i])
+            x = block(x, None if cache is None else cache[i])
         return self.lm_head(self.ln_f(x))  # (B, T, vocab_size)
 
 
@@ -410,6 +414,10 @@ def loss_fn(model, x, y):
 
 # ---------------------------------------------------------------------------------------------
 # 10. Training
+#
+# Training is one step, over and over: take a batch, compute the loss and its gradient, that is for
+# each parameter how the loss would change if the parameter grew a little, and move every
+# parameter a little the other way.
 #
 # Three things about MLX. First, it is lazy: an operation only notes down what is to be computed,
 # and the work is done when somebody needs the result or calls mx.eval. Second, it transforms

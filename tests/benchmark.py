@@ -111,7 +111,8 @@ def pytorch(tokens):
     def turn():
         for batch in train.get_batches(tokens, train.batch_size, shuffle=True):
             x, y = (torch.from_numpy(np.array(a)).long().to(device) for a in batch)
-            loss = F.cross_entropy(body(F.dropout(wte(x) + wpe(places), p)).view(-1, 65), y.view(-1))
+            logits = body(F.dropout(wte(x) + wpe(places), p))
+            loss = F.cross_entropy(logits.view(-1, 65), y.view(-1))
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(weights, 1.0)
@@ -139,7 +140,7 @@ def sampling():
     mx.random.seed(0)
     model = train.GPT(65)
     model.eval()
-    window = list(np.random.default_rng(0).integers(0, 65, train.ctx_len))
+    window = np.random.default_rng(0).integers(0, 65, train.ctx_len).tolist()
     made = model.generate(window, 10**9)
 
     def with_cache():  # as many characters as lie between two readings-in of half the window
@@ -158,8 +159,7 @@ def peak_memory(variant):
             "from benchmark import *\n"
             f"turn = {variant}; turn(); turn()\n"
             "print(mx.get_peak_memory() / 2**20)")
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    return float(result.stdout)
+    return float(subprocess.check_output([sys.executable, "-c", code], text=True))
 
 
 def seconds_to_first_step():

@@ -77,8 +77,8 @@ def test_training_batches(tiny, n):
 
 def test_training_batches_differ_between_epochs(tiny):
     np.random.seed(0)
-    epochs = [np.concatenate([np.array(x)[:, 0] for x, _ in train.get_batches(range(2000), 4, True)])
-              for _ in range(30)]
+    epochs = [np.concatenate([np.array(x)[:, 0] for x, _ in batches])
+              for batches in (train.get_batches(range(2000), 4, True) for _ in range(30))]
     offsets = {int(starts.min() % train.ctx_len) for starts in epochs}
     assert all((starts % train.ctx_len == starts[0] % train.ctx_len).all() for starts in epochs)
     assert len(offsets) > 6  # of 12 possible ones

@@ -1,19 +1,14 @@
 """README.md, and the comments in train.py, against the code: what they say must be so."""
 
-import argparse
 import ast
 import io
 import re
-import subprocess
-import sys
 import tokenize
 
-import mlx.core as mx
-import numpy as np
 import pytest
 import train
 from conftest import ROOT, Folder
-from test_run import EPOCH, read_safetensors
+from test_run import EPOCH
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SOURCE = (ROOT / "train.py").read_text(encoding="utf-8")
@@ -44,7 +39,8 @@ def lines_of_code(source):
                                    tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
              for row in range(token.start[0], token.end[0] + 1)}
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, (ast.Module, ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node):
+        documented = isinstance(node, (ast.Module, ast.FunctionDef, ast.ClassDef))
+        if documented and ast.get_docstring(node):
             lines -= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
     return len(lines)
 
@@ -52,7 +48,7 @@ def lines_of_code(source):
 def test_length_and_width_of_the_script():
     lesson, conveniences = SOURCE.split("# 12. Conveniences")
     assert lines_of_code(lesson) <= 230
-    assert lines_of_code(SOURCE) <= 350
+    assert lines_of_code(SOURCE) <= 400
     assert max(map(len, SOURCE.splitlines())) <= 100
 
 
@@ -112,7 +108,6 @@ def test_every_setting_is_explained():
     explained = set(re.findall(r"^(\w+) = \S.*? {1,}# \w.{15,}$", settings, re.M))
     saved = {*train.ARCHITECTURE, *train.TRAINING, *train.SAMPLING}
     assert explained == saved
-    ast.literal_eval  # the values themselves are checked by check_settings in every run
 
 
 def test_default_settings_are_those_of_the_article():
@@ -130,11 +125,12 @@ def test_public_functions_have_docstrings():
 def test_lines_of_a_forward_pass_carry_their_shapes():
     forward = [node for node in ast.walk(ast.parse(SOURCE))
                if isinstance(node, ast.FunctionDef) and node.name == "__call__"]
-    text = "\n".join(ast.get_source_segment(SOURCE, node) for node in forward)
-    changing = [line for line in text.splitlines()
-                if re.search(r"split_heads\(self|concatenate|transpose\(0, 1, 3, 2\)| @ v|c_fc\(|"
-                             r"\.c_proj\(|wte\(|lm_head\(", line)]
-    assert len(changing) == 12
+    lines = [line for node in forward
+             for line in SOURCE.splitlines()[node.lineno - 1 : node.end_lineno]]
+    changing = [line for line in lines
+                if re.search(r"split_heads\(self|concatenate|transpose\(0, [12], [13], [23]\)| @ v|"
+                             r"c_fc\(|\.c_proj\(|wte\(|lm_head\(", line)]
+    assert len(changing) == 14
     assert all(re.search(r"# .*\(.*(B|T).*\)", line) for line in changing), changing
 
 

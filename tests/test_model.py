@@ -188,7 +188,8 @@ def test_names_and_biases(tiny):
     mlp = {f"mlp.{layer}.{kind}" for layer in ("c_fc", "c_proj") for kind in ("weight", "bias")}
     norms = {f"ln_{i}.{kind}" for i in "12" for kind in ("weight", "bias")}
     blocks = {f"blocks.{i}.{name}" for i in (0, 1) for name in attention | mlp | norms}
-    ends = {"wte.weight", "wpe.weight", "ln_f.weight", "ln_f.bias", "lm_head.weight", "lm_head.bias"}
+    ends = {"wte.weight", "wpe.weight"} | {f"{layer}.{kind}" for layer in ("ln_f", "lm_head")
+                                           for kind in ("weight", "bias")}
     assert names == blocks | ends
 
 

@@ -55,8 +55,9 @@ def test_whole_run_compiled(folder):
     assert [int(epoch) for epoch, _, _ in lines] == [0, 1, 2]
     assert float(lines[-1][2]) < float(lines[0][2]) < math.log(len(set(TEXT))) + 0.1
     if mx.default_device() == mx.cpu:
-        assert result.stdout.startswith("MLX finds no GPU here, so this is the small model: ctx_len "
-                                        "12, n_emb 16, n_layers 2, batch_size 4, num_epochs 3.\n")
+        assert result.stdout.startswith(
+            "MLX finds no GPU here, so this is the small model: ctx_len 12, n_emb 16, n_layers 2, "
+            "batch_size 4, num_epochs 3.\n")
     written = (folder.path / "completions.txt").read_text(encoding="utf-8")
     assert len(written) == 200 and set(written) <= set(TEXT) and len(set(written)) > 5
     assert result.stdout.endswith(written + "\n")
@@ -229,8 +230,11 @@ def arrays(data):
     header, _ = read_safetensors(data)
     start = 8 + struct.unpack("<Q", data[:8])[0]
     kinds = {"F32": np.float32, "U64": np.uint64}
-    return {name: np.frombuffer(data[start + a["data_offsets"][0] : start + a["data_offsets"][1]],
-                                kinds[a["dtype"]]).reshape(a["shape"]) for name, a in header.items()}
+    read = {}
+    for name, a in header.items():
+        begin, end = (start + offset for offset in a["data_offsets"])
+        read[name] = np.frombuffer(data[begin:end], kinds[a["dtype"]]).reshape(a["shape"])
+    return read
 
 
 def wait_for(condition, seconds=60):
@@ -240,7 +244,7 @@ def wait_for(condition, seconds=60):
         time.sleep(0.002)
 
 
-@pytest.mark.parametrize("moment", [0.0, 0.3, 0.7, 1.3])
+@pytest.mark.parametrize("moment", [0.0, 0.3, 0.8])
 def test_killed_at_any_moment_leaves_whole_files(folder, moment):
     folder.edit(num_epochs=10_000, n_emb=32)
     process = subprocess.Popen(**folder.command(), stdout=subprocess.PIPE)
@@ -275,7 +279,7 @@ def test_ctrl_c(folder, after):
     assert error.startswith("train.py: stopped") and error.count("\n") == 1
     assert not list(folder.path.glob("*.tmp*"))
     if after == "Epoch 1":
-        done = int(re.search(r"Epochs 0 to (\d+) are saved: --resume", error)[1]) + 1
+        done = 1 + int(re.search(r"Epochs 0 to (\d+) are saved: --resume", error)[1])
         assert done >= 2
         folder.edit(num_epochs=done + 1)
         assert [int(epoch) for epoch, _, _ in epochs(folder.run("--resume"))] == [done]
@@ -345,7 +349,7 @@ def test_useless_input(folder, content, words):
     assert words in complaint(folder)
 
 
-@pytest.mark.parametrize("ctx_len, batch_size", [(1, 1), (12, 4), (7, 3), (10, 9)])
+@pytest.mark.parametrize("ctx_len, batch_size", [(1, 1), (7, 3)])
 def test_the_number_of_characters_needed_is_true(folder, ctx_len, batch_size):
     folder.edit(ctx_len=ctx_len, batch_size=batch_size, num_epochs=1)
     (folder.path / "input.txt").write_text("ab")
@@ -370,8 +374,9 @@ def test_no_permission(folder):
 
 
 @pytest.mark.parametrize("name, value", [
-    *((name, value) for name in ("ctx_len", "n_emb", "n_heads", "n_layers", "num_epochs",
-                                 "batch_size", "max_new_tokens", "top_k") for value in (0, -1, 1.5)),
+    *((name, value) for value in (0, -1, 1.5)
+      for name in ("ctx_len", "n_emb", "n_heads", "n_layers", "num_epochs", "batch_size",
+                   "max_new_tokens", "top_k")),
     ("lr", 0), ("lr", -1e-3), ("max_norm", 0), ("weight_decay", -0.1), ("temperature", -1),
     ("dropout", 1.0), ("dropout", -0.1), ("warmup_steps", -1), ("seed", -1),
     ("betas", (0.9, 1.0)), ("betas", (0.9,))])
@@ -408,18 +413,25 @@ def test_prompt_outside_the_vocabulary(folder, prompt, character):
 
 @pytest.mark.parametrize("arguments, file", [(["--resume"], "checkpoint.safetensors"),
                                              (["--sample"], "model.safetensors")])
-def test_no_file_or_not_ours(folder, arguments, file):
+def test_no_file_or_not_ours(folder, monkeypatch, capsys, arguments, file):
     assert f"there is no {file}" in complaint(folder, *arguments)
     folder.run()
-    whole = (folder.path / file).read_bytes()
-    for damaged in (b"", whole[:7], whole[:100], whole[: len(whole) // 2], whole[:-1], b"Sonnet 18"):
-        (folder.path / file).write_bytes(damaged)
-        assert f"{file} is damaged" in complaint(folder, *arguments)
-    mx.save_safetensors(str(folder.path / file), {"a": mx.zeros(3)}, {"epoch": "1"})
-    assert "was not written by this script" in complaint(folder, *arguments)
+    path = folder.path / file
+    whole = path.read_bytes()
     other = "checkpoint" if "model" in file else "model"  # the right metadata, other arrays
-    (folder.path / file).write_bytes((folder.path / f"{other}.safetensors").read_bytes())
-    assert "was not written by this script" in complaint(folder, *arguments)
+    path.write_bytes((folder.path / f"{other}.safetensors").read_bytes())
+    assert f"{file} is damaged, or was not written by this script" in complaint(folder, *arguments)
+    monkeypatch.chdir(folder.path)
+    for damaged in (b"", whole[:7], whole[:100], whole[: len(whole) // 2], whole[:-1], b"Sonnet 18",
+                    None):
+        if damaged is None:
+            mx.save_safetensors(file, {"a": mx.zeros(3)}, {"epoch": "1"})
+        else:
+            path.write_bytes(damaged)
+        with pytest.raises(SystemExit) as end:
+            train.load(file, lambda metadata: {})
+        assert end.value.code == 2
+        assert capsys.readouterr().err.startswith(f"train.py: {file} is damaged")
 
 
 def file_size_limit(size):

@@ -43,9 +43,14 @@ def test_top_k_with_equal_logits_is_still_k():
 @pytest.fixture
 def seen(monkeypatch):
     """The logits from which generate draws, in order."""
-    logits, sample = [], train.sample
-    monkeypatch.setattr(train, "sample", lambda l, *a: (logits.append(np.array(l)), sample(l, *a))[1])
-    return logits
+    seen, sample = [], train.sample
+
+    def noting(logits, *settings):
+        seen.append(np.array(logits))
+        return sample(logits, *settings)
+
+    monkeypatch.setattr(train, "sample", noting)
+    return seen
 
 
 @pytest.mark.parametrize("ctx_len", [1, 2, 7, 12])
