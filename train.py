@@ -267,8 +267,9 @@ class MultiHeadAttention(nn.Module):
         """x is (B, T, n_emb). A cache, [keys, values] of S - T earlier positions, is extended."""
         B, T, n_emb = x.shape
 
-        def split_heads(z):  # (B, T, n_emb) -> (B, n_heads, T, head_size)
-            return z.reshape(B, T, self.n_heads, -1).transpose(0, 2, 1, 3)
+        def split_heads(z):
+            z = z.reshape(B, T, self.n_heads, -1)  # (B, T, n_heads, head_size)
+            return z.transpose(0, 2, 1, 3)  # (B, n_heads, T, head_size)
 
         q = split_heads(self.q_proj(x))  # (B, n_heads, T, head_size)
         k = split_heads(self.k_proj(x))  # (B, n_heads, T, head_size)
@@ -772,9 +773,8 @@ def train_and_write(resuming):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description="Train a small GPT-2 on input.txt, then let it write. All settings are "
-        "constants at the top of this file.")
+    parser = argparse.ArgumentParser(description="Train GPT-2 on input.txt and let it write. "
+                                     "All settings are constants at the top of train.py.")
     group = parser.add_mutually_exclusive_group()
     group.add_argument("--resume", action="store_true", help=f"go on with the run in {CHECKPOINT}")
     group.add_argument("--sample", metavar="PROMPT", nargs="?", const="\n",
