@@ -14,7 +14,7 @@ Then change a setting and run it again.
 
 What to expect of the validation loss, the mean over all characters that training never saw:
 the default settings reach 1.487 on Tiny Shakespeare (one seed; the README tells where to get it).
-Without a GPU a smaller model is trained, to @SMALLTS@ on Tiny Shakespeare and @SMALLOWN@ on the
+Without a GPU a smaller model is trained, to 1.82 on Tiny Shakespeare and 1.58 on the
 shipped input.txt. Guessing would cost 4.17.
 """
 
