@@ -565,11 +565,11 @@ def generate(model, ids, max_new_tokens, temperature=1.0, top_k=None):
 GPT.generate = generate  # from here on, model.generate(ids, 100)
 
 
-def write(model, tokenizer, prompt):
-    """Streams a continuation of prompt to the screen as it is made, and returns it."""
+def write(model, tokenizer, ids):
+    """Streams a continuation of the tokens ids to the screen as it is made, and returns it."""
     mx.random.seed(seed)
     text = ""
-    for token in model.generate(tokenizer.encode(prompt), max_new_tokens, temperature, top_k):
+    for token in model.generate(ids, max_new_tokens, temperature, top_k):
         text += tokenizer.decode([token])
         print(text[-1], end="", flush=True)
     print()
@@ -651,38 +651,43 @@ def save(path, tree, tokenizer, history):
         Path(temporary).unlink(missing_ok=True)
 
 
-def load(path, make_like):
-    """What save() wrote: the tree and the metadata. Stops if that is not what the file holds.
-
-    make_like(metadata) gives a tree with the names and shapes that the arrays must have.
-    """
+def load(path):
+    """The arrays and the decoded metadata that save() wrote. Stops if the file holds no such."""
     if not Path(path).is_file():
         stop(f"there is no {path} in this folder: python train.py makes one")
     try:
         arrays, metadata = mx.load(path, return_metadata=True)
-        metadata = {name: json.loads(metadata[name]) for name in ("vocab", "constants", "history")}
+        names = ("vocab", "constants", "history")
+        return arrays, {name: json.loads(metadata[name]) for name in names}
     except (RuntimeError, KeyError, ValueError):
-        stop(f"{path} is damaged, or was not written by this script")
-    like = dict(tree_flatten(make_like(metadata)))
-    if {name: a.shape for name, a in arrays.items()} != {name: a.shape for name, a in like.items()}:
-        stop(f"{path} is damaged, or was not written by this script")
-    return tree_unflatten(list(arrays.items())), metadata
+        stop_at_damage(path)
+
+
+def unpack(path, arrays, like):
+    """The arrays of a file as a tree. Stops unless they have the names and shapes of like's."""
+    wanted = {name: array.shape for name, array in tree_flatten(like)}
+    if {name: array.shape for name, array in arrays.items()} != wanted:
+        stop_at_damage(path)
+    return tree_unflatten(list(arrays.items()))
+
+
+def stop_at_damage(path):
+    """Stops because the file is not, or no longer, what save() writes."""
+    stop(f"{path} is damaged, or was not written by this script")
 
 
 def resume(model, optimizer, tokenizer, steps_per_epoch):
     """Puts the checkpoint into model and optimizer, and returns its history of losses."""
-
-    def make_like(metadata):
-        for name in ARCHITECTURE:
-            then, now = metadata["constants"][name], globals()[name]
-            if then != now:
-                stop(f"{CHECKPOINT} was saved with {name} = {then}, now it is {now}: set it back, "
-                     "or train without --resume")
-        if metadata["vocab"] != "".join(tokenizer.vocab):
-            stop(f"input.txt has other characters than when {CHECKPOINT} was saved")
-        return {"model": model.parameters(), "optimizer": optimizer.state}
-
-    tree, metadata = load(CHECKPOINT, make_like)
+    arrays, metadata = load(CHECKPOINT)
+    for name in ARCHITECTURE:
+        then, now = metadata["constants"][name], globals()[name]
+        if then != now:
+            stop(f"{CHECKPOINT} was saved with {name} = {then}, now it is {now}: set it back, "
+                 "or train without --resume")
+    if metadata["vocab"] != "".join(tokenizer.vocab):
+        stop(f"input.txt has other characters than when {CHECKPOINT} was saved")
+    like = {"model": model.parameters(), "optimizer": optimizer.state}
+    tree = unpack(CHECKPOINT, arrays, like)
     model.update(tree["model"])
     optimizer.state = tree["optimizer"]
     for part in optimizer.state["states"]:  # the schedule goes on, even if batch_size has changed
@@ -692,24 +697,19 @@ def resume(model, optimizer, tokenizer, steps_per_epoch):
 
 def sample_from_file(prompt):
     """Streams text that continues prompt, by the model and the constants in its file."""
-
-    def make_like(metadata):
-        saved = metadata["constants"]
-        globals().update({name: saved[name] for name in ARCHITECTURE + TRAINING})
-        check_settings()
-        return GPT(len(metadata["vocab"])).parameters()
-
-    weights, metadata = load(MODEL, make_like)
+    arrays, metadata = load(MODEL)
+    globals().update({name: metadata["constants"][name] for name in ARCHITECTURE + TRAINING})
+    check_settings()
     tokenizer = CharTokenizer(metadata["vocab"])
     model = GPT(tokenizer.vocab_size)
-    model.update(weights)
+    model.update(unpack(MODEL, arrays, model.parameters()))
     try:
-        tokenizer.encode(prompt)
+        ids = tokenizer.encode(prompt)
     except ValueError as error:
         stop(error)
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # let `train.py --sample | head` end quietly
     print(prompt, end="", flush=True)
-    write(model, tokenizer, prompt)
+    write(model, tokenizer, ids)
 
 
 def draw_curve(name, losses):
@@ -768,7 +768,7 @@ def train_and_write(resuming):
     for name, losses in zip(("train", "val"), zip(*history)):
         draw_curve(name, losses)
     if world.rank() == 0:
-        newline = "\n" if "\n" in tokenizer.vocab else tokenizer.vocab[0]
+        newline = tokenizer.encode("\n" if "\n" in tokenizer.vocab else tokenizer.vocab[0])
         Path("completions.txt").write_text(write(model, tokenizer, newline), encoding="utf-8")
 
 

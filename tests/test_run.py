@@ -208,9 +208,9 @@ def test_resumed_run_equals_one_without_a_break(folder):
     for name in ("model.safetensors", "checkpoint.safetensors", "completions.txt"):
         (folder.path / name).unlink()
     process = subprocess.Popen(**folder.command(), stdout=subprocess.PIPE)
-    for line in process.stdout:
-        if line.startswith("Epoch 1"):
-            process.kill()
+    read_until(process, "Epoch 1")
+    process.kill()
+    process.communicate()
     rest = epochs(folder.run("--resume"))
     assert 2 <= len(rest) <= 3 and rest == whole[-len(rest) :]
     found = folder.files()
@@ -237,6 +237,17 @@ def arrays(data):
     return read
 
 
+def read_until(process, words):
+    """Reads what a process prints up to the line with these words, which must come."""
+    assert any(words in line for line in process.stdout)
+
+
+def saved_epoch(folder):
+    """The number of the epoch in the checkpoint."""
+    data = (folder.path / "checkpoint.safetensors").read_bytes()
+    return int(read_safetensors(data)[1]["epoch"])
+
+
 def wait_for(condition, seconds=60):
     end = time.monotonic() + seconds
     while not condition():
@@ -249,16 +260,14 @@ def test_killed_at_any_moment_leaves_whole_files(folder, moment):
     folder.edit(num_epochs=10_000, n_emb=32)
     process = subprocess.Popen(**folder.command(), stdout=subprocess.PIPE)
     process.stdout.readline()
-    checkpoint = folder.path / "checkpoint.safetensors"
-    wait_for(checkpoint.exists)
+    wait_for((folder.path / "checkpoint.safetensors").exists)
     time.sleep(moment)
     process.kill()
     process.communicate()
     for name in ("model.safetensors", "checkpoint.safetensors"):
         read_safetensors((folder.path / name).read_bytes())
-        arrays = mx.load(str(folder.path / name))
-        assert all(np.isfinite(np.array(a)).all() for a in arrays.values())
-    done = int(read_safetensors(checkpoint.read_bytes())[1]["epoch"]) + 1
+        assert all(np.isfinite(np.array(a)).all() for a in mx.load(str(folder.path / name)).values())
+    done = saved_epoch(folder) + 1
     folder.edit(num_epochs=done + 1, n_emb=32)
     assert [int(epoch) for epoch, _, _ in epochs(folder.run("--resume"))] == [done]
 
@@ -267,12 +276,9 @@ def test_killed_at_any_moment_leaves_whole_files(folder, moment):
 def test_ctrl_c(folder, after):
     folder.edit(num_epochs=10_000)
     process = subprocess.Popen(**folder.command(), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    for line in process.stdout:
-        if after in line:
-            break
+    read_until(process, after)
     if after == "Epoch 1":
-        checkpoint = folder.path / "checkpoint.safetensors"
-        wait_for(lambda: int(read_safetensors(checkpoint.read_bytes())[1]["epoch"]) >= 1)
+        wait_for(lambda: saved_epoch(folder) >= 1)
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 130
@@ -429,7 +435,7 @@ def test_no_file_or_not_ours(folder, monkeypatch, capsys, arguments, file):
         else:
             path.write_bytes(damaged)
         with pytest.raises(SystemExit) as end:
-            train.load(file, lambda metadata: {})
+            train.load(file)
         assert end.value.code == 2
         assert capsys.readouterr().err.startswith(f"train.py: {file} is damaged")
 
