@@ -15,7 +15,7 @@ import train  # noqa: E402
 TINY = dict(ctx_len=12, n_emb=16, n_heads=2, n_layers=2, dropout=0.0, num_epochs=2, batch_size=4,
             lr=1e-2, warmup_steps=3, max_new_tokens=40)
 TEXT = "".join(f"{n} sheep and {n * 7 % 10} goats went over the hill; one came back.\n"
-               for n in range(40))
+               for n in range(24))
 
 
 @pytest.fixture
@@ -42,12 +42,13 @@ class Folder:
     def __init__(self, path, source=None, **settings):
         self.path = path
         self.source = source or (ROOT / "train.py").read_text(encoding="utf-8")
+        self.settings = dict(TINY)
         self.edit(**settings)
         (path / "input.txt").write_text(TEXT)
 
     def edit(self, **settings):
-        (self.path / "train.py").write_text(edited(self.source, **{**TINY, **settings}),
-                                            encoding="utf-8")
+        source = edited(self.source, **{**self.settings, **settings})
+        (self.path / "train.py").write_text(source, encoding="utf-8")
 
     def command(self, *arguments):
         return dict(args=[sys.executable, "train.py", *arguments], cwd=self.path, text=True,

@@ -14,11 +14,22 @@ import pytest
 from test_run import EPOCH, epochs, read_until, saved_epoch
 
 LAUNCH = Path(sys.executable).with_name("mlx.launch")
+# Like a terminal at which nobody types. At a closed input the launcher would read in a busy loop,
+# and an interrupt in the midst of that can leave it waiting for itself for ever.
+SILENCE, _never_written_to = os.pipe()
+
+
+@pytest.fixture
+def folder(folder):
+    """A model and an epoch that are small even for the tests: the exchange takes its time."""
+    folder.settings.update(n_layers=1, batch_size=16)
+    folder.edit()
+    return folder
 
 
 def launched(folder, *arguments):
     command = folder.command(*arguments)
-    return {**command, "args": [LAUNCH, "-n", "2", *command["args"]], "stdin": subprocess.DEVNULL,
+    return {**command, "args": [LAUNCH, "-n", "2", *command["args"]], "stdin": SILENCE,
             "start_new_session": True}
 
 
@@ -62,7 +73,7 @@ def test_dropout_differs_between_processes(folder):
     same = source.replace(share, "[: batch_size // world.size()]")
     (folder.path / "train.py").write_text(same, encoding="utf-8")
     together = epochs(launch(folder))
-    (folder.path / "train.py").write_text(source.replace(share, "[:2]"), encoding="utf-8")
+    (folder.path / "train.py").write_text(source.replace(share, "[: batch_size // 2]"), encoding="utf-8")
     assert epochs(folder.run())[0][1] != together[0][1]
 
 
