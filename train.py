@@ -9,6 +9,7 @@ Read it from the top. Each section needs only the ones before it:
     2. Data           6. Attention    10. Training
     3. Tokenizer      7. MLP, block   11. Sampling
     4. Batches        8. GPT          12. Conveniences, which a first reading may skip
+                                      13. The run
 
 Then change a setting and run it again.
 
@@ -579,7 +580,7 @@ def write(model, tokenizer, ids):
 # ---------------------------------------------------------------------------------------------
 # 12. Conveniences
 #
-# The lesson is over. What follows keeps what was learnt in files, so that a run can be stopped
+# Nothing new is learnt here. This section keeps the model in files, so that a run can be stopped
 # and continued and its model used again, and says in one line what is wrong when it is.
 
 ARCHITECTURE = ("ctx_len", "n_emb", "n_heads", "n_layers")  # what the weights were made for
@@ -719,6 +720,12 @@ def draw_curve(name, losses):
     print(f"{name:>5} {losses[0]:.4f} {blocks} {losses[-1]:.4f}")
 
 
+# ---------------------------------------------------------------------------------------------
+# 13. The run
+#
+# All of it put together: the text to tokens, a new model, the training, and some text at the end.
+
+
 def train_and_write(resuming):
     """The whole run: reads input.txt, trains, saves after each epoch, and writes some text."""
     world = mx.distributed.init()
@@ -728,6 +735,8 @@ def train_and_write(resuming):
     if mx.default_device() == mx.cpu:
         print(f"MLX finds no GPU here, so this is the small model: ctx_len {ctx_len}, n_emb "
               f"{n_emb}, n_layers {n_layers}, batch_size {batch_size}, num_epochs {num_epochs}.")
+        # Finish one branch of a computation before the next, which keeps fewer results waiting.
+        os.environ.setdefault("MLX_BFS_MAX_WIDTH", "1")
     check_settings()
     if batch_size % world.size():
         if world.rank() > 0:

@@ -77,6 +77,17 @@ def test_same_seed_same_losses_and_text(folder):
     assert folder.files()["completions.txt"] != files["completions.txt"]
 
 
+@pytest.mark.skipif(mx.default_device() == mx.gpu, reason="only set for processors")
+def test_memory_is_spared(folder):
+    folder.edit(n_layers=3, ctx_len=32, num_epochs=1)
+    path = folder.path / "train.py"
+    path.write_text(path.read_text() + "    print(mx.get_peak_memory(), file=sys.stderr)\n")
+    environment = folder.command()["env"]
+    ours = int(folder.run(env=environment).stderr)
+    usual = int(folder.run(env={**environment, "MLX_BFS_MAX_WIDTH": "20"}).stderr)  # by default
+    assert ours < 0.95 * usual
+
+
 def test_curve_of_block_characters(capsys):
     train.draw_curve("val", [3.0, 2.0, 1.0])
     train.draw_curve("train", [1.5])
