@@ -6,6 +6,7 @@ from the median of each one's turns. Every turn in training is `STEPS` steps.
 """
 
 import ast
+import os
 import re
 import statistics
 import subprocess
@@ -31,13 +32,13 @@ STEPS = 20 if mx.default_device() == mx.gpu else 2
 
 
 def prepare():
-    """Sets the default settings; returns as many tokens of the text as make STEPS steps."""
+    """Sets the default settings and epochs of STEPS steps; returns all tokens to train on."""
     for name, value in {**DEFAULTS, "num_epochs": 10**9}.items():
         setattr(train, name, value)
     train.evaluate = lambda *_: 0.0
+    train.count_batches = lambda *_: STEPS
     text = train.load_text(ROOT / "input.txt")
-    tokens = np.array(train.CharTokenizer(text).encode(text), dtype=np.int32)
-    return tokens[: (STEPS * train.batch_size + 1) * train.ctx_len]
+    return train.split(np.array(train.CharTokenizer(text).encode(text), dtype=np.int32))[0]
 
 
 def ours(tokens, compiled=True):
@@ -59,13 +60,17 @@ def article(tokens):
     model, optimizer = train.GPT(65), optim.AdamW(1e-3)
     loss_and_grad = nn.value_and_grad(model, train.loss_fn)
     B, T = train.batch_size, train.ctx_len
-    x = mx.array(tokens[: STEPS * B * T].reshape(-1, T))
-    y = mx.array(tokens[1 : STEPS * B * T + 1].reshape(-1, T))
+    rows = (len(tokens) - 1) // T
+    x = mx.array(tokens[: rows * T].reshape(-1, T))
+    y = mx.array(tokens[1 : rows * T + 1].reshape(-1, T))
+    epoch = []
 
     def turn():
         mx.disable_compile()
-        order = mx.array(np.random.permutation(STEPS * B))
-        shuffled_x, shuffled_y, total = x[order], y[order], 0.0
+        if not epoch:  # it holds for all turns: an epoch has many more steps than are run here
+            order = mx.array(np.random.permutation(rows))
+            epoch.extend([x[order], y[order]])
+        (shuffled_x, shuffled_y), total = epoch, 0.0
         for i in range(0, STEPS * B, B):
             loss, grads = loss_and_grad(model, shuffled_x[i : i + B], shuffled_y[i : i + B])
             optimizer.update(model, grads)
@@ -153,13 +158,14 @@ def sampling():
     return {"with the key/value cache": with_cache, "the whole window each time": without_cache}
 
 
-def peak_memory(variant):
+def peak_memory(variant, **environment):
     """MiB in a fresh process, at most, by MLX's own account."""
     code = (f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r})\n"
             "from benchmark import *\n"
             f"turn = {variant}; turn(); turn()\n"
             "print(mx.get_peak_memory() / 2**20)")
-    return float(subprocess.check_output([sys.executable, "-c", code], text=True))
+    return float(subprocess.check_output([sys.executable, "-c", code], text=True,
+                                         env={**os.environ, **environment}))
 
 
 def seconds_to_first_step():
@@ -188,6 +194,8 @@ def show(title, rows, digits, better, baseline):
 
 def main():
     seconds = float(sys.argv[1]) if len(sys.argv) > 1 else 60
+    if mx.default_device() == mx.cpu:
+        os.environ["MLX_BFS_MAX_WIDTH"] = "1"  # as a run of train.py does
     tokens = prepare()
     print(f"MLX {mx.__version__}, {mx.default_device()}: the default model, batches of "
           f"{train.batch_size} x {train.ctx_len} characters")
@@ -201,7 +209,7 @@ def main():
     show("Peak memory in training, MiB",
          {"train.py": peak_memory("ours(prepare())"),
           "train.py, not compiled": peak_memory("ours(prepare(), compiled=False)"),
-          plain: peak_memory("article(prepare())")}, 0, "less", plain)
+          plain: peak_memory("article(prepare())", MLX_BFS_MAX_WIDTH="20")}, 0, "less", plain)
     turns = sampling()
     times = race(turns, seconds / 4)
     cached, whole = turns

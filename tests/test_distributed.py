@@ -73,7 +73,8 @@ def test_dropout_differs_between_processes(folder):
     same = source.replace(share, "[: batch_size // world.size()]")
     (folder.path / "train.py").write_text(same, encoding="utf-8")
     together = epochs(launch(folder))
-    (folder.path / "train.py").write_text(source.replace(share, "[: batch_size // 2]"), encoding="utf-8")
+    half = source.replace(share, "[: batch_size // 2]")
+    (folder.path / "train.py").write_text(half, encoding="utf-8")
     assert epochs(folder.run())[0][1] != together[0][1]
 
 

@@ -277,7 +277,8 @@ def test_killed_at_any_moment_leaves_whole_files(folder, moment):
     process.communicate()
     for name in ("model.safetensors", "checkpoint.safetensors"):
         read_safetensors((folder.path / name).read_bytes())
-        assert all(np.isfinite(np.array(a)).all() for a in mx.load(str(folder.path / name)).values())
+        saved = mx.load(str(folder.path / name))
+        assert all(np.isfinite(np.array(array)).all() for array in saved.values())
     done = saved_epoch(folder) + 1
     folder.edit(num_epochs=done + 1, n_emb=32)
     assert [int(epoch) for epoch, _, _ in epochs(folder.run("--resume"))] == [done]
