@@ -69,8 +69,8 @@ top_k = 40             # draw among this many likeliest characters only
 # that sees much text learns more than a large one that sees little; and as it does not see it
 # often enough to learn it by heart, it needs no dropout.
 if mx.default_device() == mx.cpu:
-    ctx_len, n_emb, n_heads, n_layers, dropout = 48, 64, 8, 1, 0.0
-    num_epochs, batch_size, lr = 2, 8, 1e-2
+    ctx_len, n_emb, n_heads, n_layers, dropout = 48, 56, 7, 1, 0.0
+    num_epochs, batch_size, lr = 3, 8, 1e-2
 
 # ---------------------------------------------------------------------------------------------
 # 2. Data
