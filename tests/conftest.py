@@ -1,6 +1,7 @@
 """What all tests share: the module under test, tiny settings, and runs of an edited copy."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import train  # noqa: E402
+
+# A shell's background job ignores Ctrl-C, and so would all that it starts: tests send it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 TINY = dict(ctx_len=12, n_emb=16, n_heads=2, n_layers=2, dropout=0.0, num_epochs=2, batch_size=4,
             lr=1e-2, warmup_steps=3, max_new_tokens=40)
