@@ -41,7 +41,10 @@ def edited(source, **settings):
 
 
 class Folder:
-    """A folder with a copy of train.py in tiny settings and a small input.txt."""
+    """A folder with a copy of train.py in tiny settings and a small input.txt.
+
+    What is changed in `source`, the script's code, or in `settings` holds from the next edit() on.
+    """
 
     def __init__(self, path, source=None, **settings):
         self.path = path

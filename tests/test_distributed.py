@@ -43,13 +43,13 @@ def test_two_processes_equal_one(folder):
     for name in ("model.safetensors", "checkpoint.safetensors", "completions.txt"):
         (folder.path / name).unlink()
     # Each process also notes all its weights and its optimizer state after every epoch.
-    source = (folder.path / "train.py").read_text(encoding="utf-8")
     end = "        yield epoch, losses.mean().item(), evaluate(model, val_tokens)\n"
-    assert source.count(end) == 1
+    assert folder.source.count(end) == 1
     note = ("        with open(f'weights.{world.rank()}', 'a') as file:\n"
             "            for name, w in tree_flatten([model.parameters(), optimizer.state]):\n"
             "                print(name, np.array(w).tobytes().hex(), file=file)\n")
-    (folder.path / "train.py").write_text(source.replace(end, note + end), encoding="utf-8")
+    folder.source = folder.source.replace(end, note + end)
+    folder.edit()
     result = launch(folder)
     together = epochs(result)
     assert len(together) == len(alone) == 2  # one set of lines
@@ -66,15 +66,11 @@ def test_two_processes_equal_one(folder):
 def test_dropout_differs_between_processes(folder):
     # Both halves of each batch are the same rows, so with the same dropout the mean of the two
     # gradients would be each of them, and the losses those of one process.
-    folder.edit(dropout=0.5, num_epochs=1)
-    source = (folder.path / "train.py").read_text(encoding="utf-8")
     share = "[world.rank() :: world.size()]"
-    assert source.count(share) == 2
-    same = source.replace(share, "[: batch_size // world.size()]")
-    (folder.path / "train.py").write_text(same, encoding="utf-8")
+    assert folder.source.count(share) == 2
+    folder.source = folder.source.replace(share, "[: batch_size // 2]")
+    folder.edit(dropout=0.5, num_epochs=1)
     together = epochs(launch(folder))
-    half = source.replace(share, "[: batch_size // 2]")
-    (folder.path / "train.py").write_text(half, encoding="utf-8")
     assert epochs(folder.run())[0][1] != together[0][1]
 
 

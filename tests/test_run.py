@@ -1,4 +1,4 @@
-"""Sections 11 and 12 as a user meets them: whole runs of an edited copy in a folder of its own."""
+"""Sections 11 to 13 as a user meets them: whole runs of an edited copy in a folder of its own."""
 
 import io
 import json
@@ -79,9 +79,8 @@ def test_same_seed_same_losses_and_text(folder):
 
 @pytest.mark.skipif(mx.default_device() == mx.gpu, reason="only set for processors")
 def test_memory_is_spared(folder):
+    folder.source += "    print(mx.get_peak_memory(), file=sys.stderr)\n"
     folder.edit(n_layers=3, ctx_len=32, num_epochs=1)
-    path = folder.path / "train.py"
-    path.write_text(path.read_text() + "    print(mx.get_peak_memory(), file=sys.stderr)\n")
     environment = folder.command()["env"]
     ours = int(folder.run(env=environment).stderr)
     usual = int(folder.run(env={**environment, "MLX_BFS_MAX_WIDTH": "20"}).stderr)  # by default
@@ -266,7 +265,7 @@ def wait_for(condition, seconds=60):
         time.sleep(0.002)
 
 
-@pytest.mark.parametrize("moment", [0.0, 0.3, 0.8])
+@pytest.mark.parametrize("moment", [0.0, 0.3, 0.7, 1.3])
 def test_killed_at_any_moment_leaves_whole_files(folder, moment):
     folder.edit(num_epochs=10_000, n_emb=32)
     process = subprocess.Popen(**folder.command(), stdout=subprocess.PIPE)
@@ -367,7 +366,7 @@ def test_useless_input(folder, content, words):
     assert words in complaint(folder)
 
 
-@pytest.mark.parametrize("ctx_len, batch_size", [(1, 1), (7, 3)])
+@pytest.mark.parametrize("ctx_len, batch_size", [(1, 1), (12, 4), (7, 3), (10, 9)])
 def test_the_number_of_characters_needed_is_true(folder, ctx_len, batch_size):
     folder.edit(ctx_len=ctx_len, batch_size=batch_size, num_epochs=1)
     (folder.path / "input.txt").write_text("ab")
@@ -431,7 +430,7 @@ def test_prompt_outside_the_vocabulary(folder, prompt, character):
 
 @pytest.mark.parametrize("arguments, file", [(["--resume"], "checkpoint.safetensors"),
                                              (["--sample"], "model.safetensors")])
-def test_no_file_or_not_ours(folder, monkeypatch, capsys, arguments, file):
+def test_no_file_or_not_ours(folder, arguments, file):
     assert f"there is no {file}" in complaint(folder, *arguments)
     folder.run()
     path = folder.path / file
@@ -439,17 +438,11 @@ def test_no_file_or_not_ours(folder, monkeypatch, capsys, arguments, file):
     other = "checkpoint" if "model" in file else "model"  # the right metadata, other arrays
     path.write_bytes((folder.path / f"{other}.safetensors").read_bytes())
     assert f"{file} is damaged, or was not written by this script" in complaint(folder, *arguments)
-    monkeypatch.chdir(folder.path)
-    for damaged in (b"", whole[:7], whole[:100], whole[: len(whole) // 2], whole[:-1], b"Sonnet 18",
-                    None):
-        if damaged is None:
-            mx.save_safetensors(file, {"a": mx.zeros(3)}, {"epoch": "1"})
-        else:
-            path.write_bytes(damaged)
-        with pytest.raises(SystemExit) as end:
-            train.load(file)
-        assert end.value.code == 2
-        assert capsys.readouterr().err.startswith(f"train.py: {file} is damaged")
+    for damaged in (b"", *(whole[:size] for size in (7, 100, len(whole) // 2, -1)), b"Sonnet 18"):
+        path.write_bytes(damaged)
+        assert f"{file} is damaged" in complaint(folder, *arguments)
+    mx.save_safetensors(str(path), {"a": mx.zeros(3)}, {"epoch": "1"})
+    assert f"{file} is damaged" in complaint(folder, *arguments)
 
 
 def file_size_limit(size):
