@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
@@ -46,7 +47,10 @@ def ours(tokens, compiled=True):
     mx.random.seed(0)
     model, optimizer = train.GPT(65), train.make_optimizer(10**9)
     optimizer.init(model.trainable_parameters())
-    epochs = train.train(model, optimizer, tokens, tokens)
+    loss = train.loss_fn
+    if mx.default_device() == mx.cpu:  # as a run of train.py does
+        loss = partial(train.loss_on_streams, [mx.new_stream(mx.cpu), mx.new_stream(mx.cpu)])
+    epochs = train.train(model, optimizer, tokens, tokens, loss_fn=loss)
 
     def turn():
         (mx.enable_compile if compiled else mx.disable_compile)()
@@ -195,7 +199,7 @@ def show(title, rows, digits, better, baseline):
 def main():
     seconds = float(sys.argv[1]) if len(sys.argv) > 1 else 60
     if mx.default_device() == mx.cpu:
-        os.environ["MLX_BFS_MAX_WIDTH"] = "1"  # as a run of train.py does
+        os.environ["MLX_BFS_MAX_WIDTH"] = "8"  # as a run of train.py does
     tokens = prepare()
     print(f"MLX {mx.__version__}, {mx.default_device()}: the default model, batches of "
           f"{train.batch_size} x {train.ctx_len} characters")

@@ -11,7 +11,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from test_run import EPOCH, epochs, read_until, saved_epoch
+from test_run import EPOCH, epochs, interrupted, read_until, saved_epoch
 
 LAUNCH = Path(sys.executable).with_name("mlx.launch")
 # Like a terminal at which nobody types. At a closed input the launcher would read in a busy loop,
@@ -129,11 +129,8 @@ def test_ctrl_c_under_the_launcher(folder, whom):
     folder.edit(num_epochs=10_000)
     process = subprocess.Popen(**launched(folder), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     read_until(process, "Epoch 1")
-    if whom == "everybody":  # as a terminal does
-        os.killpg(process.pid, signal.SIGINT)
-    else:
-        os.kill(pid(folder, 0), signal.SIGINT)
-    output, _ = process.communicate(timeout=60)
+    output, _ = interrupted(process, lambda: os.killpg(process.pid, signal.SIGINT)  # as a terminal
+                            if whom == "everybody" else os.kill(pid(folder, 0), signal.SIGINT))
     for rank in (0, 1):
         wait_until_gone(folder, rank)
     if whom == "first process":  # else the launcher is gone before it can pass this on
@@ -147,6 +144,6 @@ def test_ctrl_c_under_the_launcher(folder, whom):
 def test_a_batch_that_cannot_be_shared(folder):
     folder.edit(batch_size=5)
     result = launch(folder)
-    lines = [line for line in result.stderr.splitlines() if line.startswith("train.py")]
-    assert lines == ["train.py: batch_size = 5 must be a multiple of the 2 processes"]
+    lines = {line for line in result.stderr.splitlines() if line.startswith("train.py")}
+    assert lines == {"train.py: batch_size = 5 must be a multiple of the 2 processes"}
     assert not EPOCH.findall(result.stdout) and set(folder.files()) == {"input.txt"}

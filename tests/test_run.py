@@ -77,14 +77,15 @@ def test_same_seed_same_losses_and_text(folder):
     assert folder.files()["completions.txt"] != files["completions.txt"]
 
 
-@pytest.mark.skipif(mx.default_device() == mx.gpu, reason="only set for processors")
-def test_memory_is_spared(folder):
-    folder.source += "    print(mx.get_peak_memory(), file=sys.stderr)\n"
-    folder.edit(n_layers=3, ctx_len=32, num_epochs=1)
-    environment = folder.command()["env"]
-    ours = int(folder.run(env=environment).stderr)
-    usual = int(folder.run(env={**environment, "MLX_BFS_MAX_WIDTH": "20"}).stderr)  # by default
-    assert ours < 0.95 * usual
+@pytest.mark.skipif(mx.default_device() == mx.gpu, reason="for processors only")
+@pytest.mark.parametrize("batch_size, streams", [(4, 2), (5, 1)])
+def test_an_even_batch_is_shared_by_two_cores(folder, batch_size, streams):
+    line = "    loss_and_grad = nn.value_and_grad(model, loss_fn)\n"
+    assert folder.source.count(line) == 1
+    folder.source = folder.source.replace(
+        line, line + "    print('streams:', len(getattr(loss_fn, 'args', [[0]])[0]))\n")
+    folder.edit(batch_size=batch_size, num_epochs=1)
+    assert f"\nstreams: {streams}\n" in folder.run().stdout
 
 
 def test_curve_of_block_characters(capsys):
@@ -283,6 +284,21 @@ def test_killed_at_any_moment_leaves_whole_files(folder, moment):
     assert [int(epoch) for epoch, _, _ in epochs(folder.run("--resume"))] == [done]
 
 
+def interrupted(process, interrupt):
+    """What a process prints after interrupt(), once more if that gets lost.
+
+    In a run that is not compiled, MLX's tree_unflatten, which catches whatever is raised while it
+    looks at a key, now and then catches Ctrl-C.
+    """
+    for _ in range(4):
+        interrupt()
+        try:
+            return process.communicate(timeout=20)
+        except subprocess.TimeoutExpired:
+            pass
+    raise AssertionError("Ctrl-C does not end it")
+
+
 @pytest.mark.parametrize("after", ["characters", "Epoch 1"])
 def test_ctrl_c(folder, after):
     folder.edit(num_epochs=10_000)
@@ -290,8 +306,7 @@ def test_ctrl_c(folder, after):
     read_until(process, after)
     if after == "Epoch 1":
         wait_for(lambda: saved_epoch(folder) >= 1)
-    process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=60)
+    _, error = interrupted(process, lambda: process.send_signal(signal.SIGINT))
     assert process.returncode == 130
     assert error.startswith("train.py: stopped") and error.count("\n") == 1
     assert not list(folder.path.glob("*.tmp*"))

@@ -1,6 +1,7 @@
 """Section 10: the optimizer against one written in NumPy, the schedule, evaluation, the loop."""
 
 import math
+from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -87,6 +88,19 @@ def test_learning_rate(tiny, warmup):
         expected = 0.02 * (min(1, (i + 1) / warmup) if warmup else 1) * (20 - i) / 20
         for part in optimizer.state["states"]:
             assert abs(part["learning_rate"].item() - expected) < 1e-7
+
+
+@pytest.mark.parametrize("streams, rows", [(1, 3), (2, 4), (3, 6)])
+def test_streams_share_a_batch(tiny, streams, rows):
+    model, _, _, _ = setup()
+    x, y = mx.random.randint(0, V, (2, rows, 12))
+    share = partial(train.loss_on_streams,
+                    [mx.new_stream(mx.default_device()) for _ in range(streams)])
+    expected, grads = nn.value_and_grad(model, train.loss_fn)(model, x, y)
+    loss, found = nn.value_and_grad(model, share)(model, x, y)
+    assert abs(loss.item() - expected.item()) < 1e-6
+    for (n, a), (_, b) in zip(tree_flatten(found), tree_flatten(grads)):
+        assert mx.abs(a - b).max() < 1e-6, n
 
 
 def test_evaluate_is_the_mean_over_all_characters(tiny):
