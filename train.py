@@ -791,8 +791,8 @@ def train_and_write(resuming):
     for name, losses in zip(("train", "val"), zip(*history)):
         draw_curve(name, losses)
     if world.rank() == 0:
-        text = write(model, tokenizer, [0])  # after the first token in order, mostly the newline
-        Path("completions.txt").write_text(text, encoding="utf-8")
+        # Begin after token 0, which in nearly all texts is the newline.
+        Path("completions.txt").write_text(write(model, tokenizer, [0]), encoding="utf-8")
 
 
 def main():

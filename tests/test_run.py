@@ -77,6 +77,13 @@ def test_same_seed_same_losses_and_text(folder):
     assert folder.files()["completions.txt"] != files["completions.txt"]
 
 
+def test_completions_begin_on_a_new_line(folder):
+    folder.edit(num_epochs=1)
+    folder.run()
+    completions = (folder.path / "completions.txt").read_text(encoding="utf-8")
+    assert folder.run("--sample", "\n").stdout == "\n" + completions + "\n"
+
+
 @pytest.mark.skipif(mx.default_device() == mx.gpu, reason="for processors only")
 @pytest.mark.parametrize("batch_size, streams", [(4, 2), (5, 1)])
 def test_an_even_batch_is_shared_by_two_cores(folder, batch_size, streams):
