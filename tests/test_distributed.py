@@ -24,7 +24,10 @@ def folder(folder):
     """A model and an epoch that are small even for the tests: the exchange takes its time."""
     folder.settings.update(n_layers=1, batch_size=16)
     folder.edit()
-    return folder
+    yield folder
+    for rank in (0, 1):  # a test that failed must not leave processes behind
+        if left := pid(folder, rank):
+            os.kill(left, signal.SIGKILL)
 
 
 def launched(folder, *arguments):
