@@ -54,7 +54,8 @@ def test_length_and_width_of_the_script():
 
 def test_files_in_the_project():
     here = {path.name for path in ROOT.iterdir() if not path.name.startswith(".")}
-    made = {"model.safetensors", "checkpoint.safetensors", "completions.txt", "training.log"}
+    made = {"model.safetensors", "checkpoint.safetensors", "completions.txt", "training.log",
+            "__pycache__"}
     assert here - made == {"train.py", "input.txt", "README.md", "requirements.txt", "tests"}
     ignored = (ROOT / ".gitignore").read_text().split()
     assert {"*.safetensors", "completions.txt", ".venv/"} <= set(ignored)
