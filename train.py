@@ -584,10 +584,9 @@ def write(model, tokenizer, ids):
 # Nothing new is learnt here. This section keeps the model in files, so that a run can be stopped
 # and continued and its model used again, and says in one line what is wrong when it is.
 
-ARCHITECTURE = ("ctx_len", "n_emb", "n_heads", "n_layers")  # what the weights were made for
-TRAINING = ("dropout", "num_epochs", "batch_size", "lr", "warmup_steps", "weight_decay", "betas",
-            "max_norm")
-SAMPLING = ("max_new_tokens", "temperature", "top_k", "seed")
+ARCHITECTURE = "ctx_len n_emb n_heads n_layers".split()  # what the weights were made for
+TRAINING = "dropout num_epochs batch_size lr warmup_steps weight_decay betas max_norm".split()
+SAMPLING = "max_new_tokens temperature top_k seed".split()
 MODEL, CHECKPOINT = "model.safetensors", "checkpoint.safetensors"
 
 
@@ -688,8 +687,7 @@ def resume(model, optimizer, tokenizer, steps_per_epoch):
                  "or train without --resume")
     if metadata["vocab"] != "".join(tokenizer.vocab):
         stop(f"input.txt has other characters than when {CHECKPOINT} was saved")
-    like = {"model": model.parameters(), "optimizer": optimizer.state}
-    tree = unpack(CHECKPOINT, arrays, like)
+    tree = unpack(CHECKPOINT, arrays, {"model": model.parameters(), "optimizer": optimizer.state})
     model.update(tree["model"])
     optimizer.state = tree["optimizer"]
     for part in optimizer.state["states"]:  # the schedule goes on, even if batch_size has changed
@@ -752,6 +750,8 @@ def train_and_write(resuming):
         os.environ.setdefault("MLX_BFS_MAX_WIDTH", "8")
     check_settings()
     if batch_size % world.size():
+        if world.rank() > 0:
+            raise SystemExit  # saying it once is enough
         stop(f"batch_size = {batch_size} must be a multiple of the {world.size()} processes")
     tokenizer, tokens = load_tokens()
     tempfile.TemporaryFile(dir=".").close()  # better to fail now than after the first epoch

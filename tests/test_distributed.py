@@ -132,8 +132,14 @@ def test_ctrl_c_under_the_launcher(folder, whom):
     folder.edit(num_epochs=10_000)
     process = subprocess.Popen(**launched(folder), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     read_until(process, "Epoch 1")
-    output, _ = interrupted(process, lambda: os.killpg(process.pid, signal.SIGINT)  # as a terminal
-                            if whom == "everybody" else os.kill(pid(folder, 0), signal.SIGINT))
+
+    def interrupt():
+        if whom == "everybody":  # as a terminal does
+            os.killpg(process.pid, signal.SIGINT)
+        else:
+            os.kill(pid(folder, 0), signal.SIGINT)
+
+    output, _ = interrupted(process, interrupt)
     for rank in (0, 1):
         wait_until_gone(folder, rank)
     if whom == "first process":  # else the launcher is gone before it can pass this on
@@ -147,6 +153,6 @@ def test_ctrl_c_under_the_launcher(folder, whom):
 def test_a_batch_that_cannot_be_shared(folder):
     folder.edit(batch_size=5)
     result = launch(folder)
-    lines = {line for line in result.stderr.splitlines() if line.startswith("train.py")}
-    assert lines == {"train.py: batch_size = 5 must be a multiple of the 2 processes"}
+    lines = [line for line in result.stderr.splitlines() if line.startswith("train.py")]
+    assert lines == ["train.py: batch_size = 5 must be a multiple of the 2 processes"]
     assert not EPOCH.findall(result.stdout) and set(folder.files()) == {"input.txt"}
