@@ -658,8 +658,7 @@ def load(path):
         stop(f"there is no {path} in this folder: python train.py makes one")
     try:
         arrays, metadata = mx.load(path, return_metadata=True)
-        names = ("vocab", "constants", "history")
-        return arrays, {name: json.loads(metadata[name]) for name in names}
+        return arrays, {key: json.loads(metadata[key]) for key in "vocab constants history".split()}
     except (RuntimeError, KeyError, ValueError):
         stop_at_damage(path)
 
@@ -791,8 +790,8 @@ def train_and_write(resuming):
     for name, losses in zip(("train", "val"), zip(*history)):
         draw_curve(name, losses)
     if world.rank() == 0:
-        # Begin after token 0, which in nearly all texts is the newline.
-        Path("completions.txt").write_text(write(model, tokenizer, [0]), encoding="utf-8")
+        newline = tokenizer.encode("\n" if "\n" in tokenizer.vocab else tokenizer.vocab[0])
+        Path("completions.txt").write_text(write(model, tokenizer, newline), encoding="utf-8")
 
 
 def main():

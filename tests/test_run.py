@@ -79,6 +79,7 @@ def test_same_seed_same_losses_and_text(folder):
 
 def test_completions_begin_on_a_new_line(folder):
     folder.edit(num_epochs=1)
+    (folder.path / "input.txt").write_text(TEXT.replace(";", "\t"))  # a tab sorts before it
     folder.run()
     completions = (folder.path / "completions.txt").read_text(encoding="utf-8")
     assert folder.run("--sample", "\n").stdout == "\n" + completions + "\n"
