@@ -1,25 +1,34 @@
 """GPT-2 from scratch in MLX: a tutorial in one file.
 
-Run it:     python train.py             train on input.txt, then write some text
-            python train.py --help      go on with a stopped run, or sample from a finished one
+    python train.py                     train on input.txt, then write some text
+    python train.py --sample "To be"    let the trained model continue a text
+    python train.py --look "To be"      see what it looks at, and what it expects next
+    python train.py --resume            go on with a run that was stopped
 
-Read it from the top. Each section needs only the ones before it:
+Read it from the top: each section needs only what stands above it.
 
-    1. Settings       5. Embeddings    9. Loss
-    2. Data           6. Attention    10. Training
-    3. Tokenizer      7. MLP, block   11. Sampling
-    4. Batches        8. GPT          12. Conveniences, which a first reading may skip
-                                      13. The run
+     1. Settings     5. Loss and learning     9. Training
+     2. Data         6. Attention            10. Sampling
+     3. Tokenizer    7. MLP and block        11. Conveniences, which a first reading may skip
+     4. Batches      8. GPT                  12. The run
 
-Then change a setting and run it again.
+Then change something and run it again.
 
-What to expect of the validation loss, the mean over all characters that training never saw:
-the default settings reach 1.25 on the shipped input.txt and 1.49 on Tiny Shakespeare (the README
-tells where to get it). Without a GPU a smaller model is trained, to 1.55 and 1.77. Guessing would
-cost 4.17.
+GPT-2 is a network that reads a text and says which character may come next. We measure it by its
+loss on text that it has never seen, and lower is better. Guessing blindly costs 4.17. The default
+model reaches 1.25 on the shipped input.txt, and the small one, which is trained where there is no
+GPU, 1.55. On Tiny Shakespeare, a text that others measure with, they reach 1.49 and 1.78.
 """
 
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["numpy>=1.26.4", "mlx>=0.32.4", "mlx[cpu]>=0.32.4; sys_platform == 'linux'",
+#                 "mlx-cpu>=0.32.4; sys_platform == 'win32'"]
+# ///
+
 import argparse
+import copy
+import hashlib
 import json
 import math
 import os
@@ -39,44 +48,39 @@ from mlx.utils import tree_flatten, tree_map_with_path, tree_unflatten
 # ---------------------------------------------------------------------------------------------
 # 1. Settings
 #
-# All that is yours to turn. The model and its training are made from these values at the moment
-# they are built, so in a notebook `train.n_emb = 32` before `train.GPT(65)` is all it takes.
+# Skip them on a first reading: each is explained where it is used. Where there are two values,
+# the second is for the small model.
 
-# The model: larger values learn more and take longer.
-ctx_len = 128        # how many characters the model sees at once
-n_emb = 128          # how many numbers stand for one character inside the model
-n_heads = 4          # attention heads in a block; n_emb must be a multiple of it
-n_layers = 3         # blocks, one after the other
-dropout = 0.03       # share of values zeroed at random in training; more if val rises above train
+small = mx.default_device() == mx.cpu  # without a GPU the default model would take hours
 
-# The training.
-num_epochs = 20      # passes over the training text
-batch_size = 32      # rows of text in a training step; fewer makes more, but noisier, steps
-lr = 3e-3            # peak learning rate; lower it if the loss jumps about or becomes nan
-warmup_steps = 100   # steps in which the learning rate rises to its peak
-weight_decay = 0.1   # pull of the weight matrices towards zero; more of it means simpler models
-betas = (0.9, 0.99)  # how long AdamW remembers the gradient and its square; nearer 1 is longer
-max_norm = 1.0       # a gradient longer than this is shortened to it; lower is more cautious
-seed = 0             # another number, another run
+# The model.
+ctx_len = 48 if small else 128     # how many characters it sees at once
+n_emb = 56 if small else 128       # how many numbers stand for one character inside it
+n_heads = 7 if small else 4        # attention heads in a block; n_emb must be a multiple of it
+n_layers = 1 if small else 3       # blocks, one after the other
+dropout = 0.0 if small else 0.03   # share of values zeroed at random; more if it learns by heart
+
+# Its training.
+num_epochs = 3 if small else 20    # passes over the text
+batch_size = 8 if small else 32    # rows of text in a step; fewer makes more, but noisier, steps
+lr = 1e-2 if small else 3e-3       # learning rate; lower it if the loss jumps about or becomes nan
+warmup_steps = 100                 # steps in which the learning rate rises from almost 0
+weight_decay = 0.1                 # pull of the weights towards 0; more makes simpler models
+betas = (0.9, 0.99)                # memory of AdamW for gradients and their squares; 1 is for ever
+max_norm = 1.0                     # a gradient longer than this is shortened to it
+seed = 0                           # another number, another run
 
 # The text it writes.
-max_new_tokens = 1000  # how many characters
-temperature = 0.8      # 0: always the likeliest character; 1: as the model believes; more: wilder
-top_k = 40             # draw among this many likeliest characters only
-
-# Without a GPU the values above take hours. Where MLX finds none, these take their place (so these
-# are the ones to edit there), and a run ends in a few minutes. In so short a time a small model
-# that sees much text learns more than a large one that sees little; and as it does not see it
-# often enough to learn it by heart, it needs no dropout.
-if mx.default_device() == mx.cpu:
-    ctx_len, n_emb, n_heads, n_layers, dropout = 48, 56, 7, 1, 0.0
-    num_epochs, batch_size, lr = 3, 8, 1e-2
+max_new_tokens = 1000              # how many characters
+temperature = 0.8                  # 0: always the likeliest; 1: as the model believes; more: wilder
+top_k = 40                         # never one that is not among this many likeliest characters
 
 # ---------------------------------------------------------------------------------------------
 # 2. Data
 #
-# One text file is all the data there is. The model never sees the last tenth in training: the
-# loss on this validation text tells whether it learnt the language or only learnt by heart.
+# One text file is all the data there is. The model is trained on the first nine tenths of it. The
+# last tenth is for validation: on text that it has never seen the model shows whether it has
+# learnt the language, or only learnt the text by heart.
 
 
 def load_text(path="input.txt"):
@@ -84,7 +88,7 @@ def load_text(path="input.txt"):
 
     Raises OSError if it cannot be read, UnicodeDecodeError if it is not UTF-8.
     """
-    return Path(path).read_text(encoding="utf-8").removeprefix("\ufeff")  # the byte-order mark
+    return Path(path).read_text(encoding="utf-8-sig")  # -sig: without the mark some editors add
 
 
 def split(tokens):
@@ -98,12 +102,12 @@ def split(tokens):
 #
 # A network computes with numbers, so every character gets one: its place in the sorted list of
 # all different characters of the text, the vocabulary. Such a number is called a token. The
-# shipped input.txt has 65 different characters, and
+# shipped text has 65 different characters, and
 #
 #     encode("hello world") == [46, 43, 50, 50, 53, 1, 61, 53, 56, 50, 42]
 #
-# GPT-2 itself uses tokens of several letters, 50,257 of them. Characters make longer rows of
-# simpler tokens: a tiny vocabulary, and nothing to explain.
+# GPT-2 itself has 50,257 tokens, most of them pieces of words. With single characters the text
+# becomes longer, and there is nothing more to explain.
 
 
 class CharTokenizer:
@@ -112,135 +116,232 @@ class CharTokenizer:
     def __init__(self, text):
         self.vocab = sorted(set(text))
         self.vocab_size = len(self.vocab)
-        # A table from each character's Unicode number to its token, -1 where there is none. Its
-        # last entry stays -1 and answers for all characters beyond the end.
-        codes = [ord(c) for c in self.vocab]
-        self._token_of = np.full(max(codes) + 2, -1)
-        self._token_of[codes] = np.arange(self.vocab_size)
+        self._char_of = dict(enumerate(self.vocab))
+        self._token_of = {char: token for token, char in enumerate(self.vocab)}
 
     def encode(self, text):
         """A string to a list of ints. Raises ValueError at a character outside the vocabulary."""
-        codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
-        tokens = self._token_of[np.minimum(codes, len(self._token_of) - 1)]
-        if (tokens < 0).any():
-            raise ValueError(f"the character {text[tokens.argmin()]!r} is not in the vocabulary")
-        return tokens.tolist()
+        try:
+            return [self._token_of[char] for char in text]
+        except KeyError as error:
+            known = "".join(self.vocab)
+            raise ValueError(f"the character {error} is not one of the known {known!r}") from None
 
-    def decode(self, ids):
+    def decode(self, tokens):
         """Tokens, any iterable of ints, to a string."""
-        return "".join(self.vocab[i] for i in ids)
+        return "".join(self._char_of[token] for token in tokens)
 
 
 # ---------------------------------------------------------------------------------------------
 # 4. Batches
 #
-# The model learns one thing: given the characters so far, which one is next? So the labels are
-# the text itself, shifted by one. The shipped text begins with "First Citizen:", whose first
-# nine tokens are 18 47 56 57 58 1 15 47 58. With rows of T = 8 that makes
+# The model is to learn one thing: given the characters so far, which one is next? So the answers,
+# the labels, are the text itself, shifted by one. The shipped text begins with "First Citizen:",
+# and its first nine tokens are 18 47 56 57 58 1 15 47 58. In rows of T = 8 tokens that makes
 #
 #     x = 18 47 56 57 58  1 15 47        F i r s t _ C i
 #     y = 47 56 57 58  1 15 47 58        i r s t _ C i t
 #
-# One row of T characters holds T training examples: after "F" comes "i", after "Fi" comes "r",
-# and so on to "First Ci", after which comes "t". The model answers all T at once.
+# One row holds T examples: after "F" comes "i", after "Fi" comes "r", and so on to "First Ci",
+# after which comes "t". The model answers all T at once, and section 6 sees to it that no position
+# can look at its own answer.
 #
-# A batch is B rows that know nothing of each other. They go through the model side by side as
-# one array (B, T): the machine is kept busy, and the step follows the average of many examples
-# instead of the whim of one.
+# A batch is B rows that know nothing of each other, stacked in one array (B, T).
+#
+# An epoch is one pass over the training text, in rows of T = ctx_len tokens. Were the text always
+# cut at the same places, a token at the start of a row would never be seen with anything before
+# it. So each epoch begins to cut at another, random place. The rows come in random order.
 
 
 def count_batches(tokens, batch_size):
-    """Full batches in a training epoch; one chunk is spent on the random offset."""
+    """The number of full batches in a training epoch; one row is spent on the random start."""
     return (len(tokens) // ctx_len - 1) // batch_size
 
 
 def get_batches(tokens, batch_size, shuffle):
     """Yields (x, y), integer arrays (B, T), where y holds the token that follows each of x.
 
-    With shuffle=True, for training, the text is cut into chunks of ctx_len tokens from a random
-    offset, so that every epoch cuts it elsewhere, and the chunks come in random order. No token
-    is a label twice. All batches are full, count_batches of them; the rest is left out.
-
-    With shuffle=False, for evaluation, every token but the first is a label exactly once, in
-    order. The last full-width batch can have fewer rows, and what then remains of the text,
-    shorter than ctx_len, comes as a last batch of one row.
+    tokens is a NumPy array of integers. With shuffle=True, for training, rows are cut and ordered
+    at random, no token is a label twice, and what does not fill a batch is left out. With
+    shuffle=False, for validation, all rows come in order, with fewer than batch_size in the last
+    batch, and only the last tokens, too few for a row, are left out.
     """
-    tokens = np.asarray(tokens, dtype=np.int32)
     if shuffle:
         starts = np.random.permutation(len(tokens) // ctx_len - 1) * ctx_len
         starts = starts[: count_batches(tokens, batch_size) * batch_size]
-        starts += np.random.randint(ctx_len)
+        starts = starts + np.random.randint(ctx_len)
     else:
         starts = np.arange((len(tokens) - 1) // ctx_len) * ctx_len
     for i in range(0, len(starts), batch_size):
-        rows = starts[i : i + batch_size, None] + np.arange(ctx_len)  # (B, T), places in the text
-        yield mx.array(tokens[rows]), mx.array(tokens[rows + 1])
-    rest = len(starts) * ctx_len
-    if not shuffle and rest < len(tokens) - 1:
-        yield mx.array(tokens[None, rest:-1]), mx.array(tokens[None, rest + 1 :])
+        # A column of starts, (B, 1), plus a row of offsets, (T + 1,): each is repeated to
+        # (B, T + 1). The sums are the places in the text of all tokens of the batch, and of the
+        # label of each row's last.
+        rows = tokens[starts[i : i + batch_size, None] + np.arange(ctx_len + 1)]  # (B, T + 1)
+        yield mx.array(rows[:, :-1]), mx.array(rows[:, 1:])  # (B, T) each
 
 
 # ---------------------------------------------------------------------------------------------
-# 5. Embeddings
+# 5. Loss and learning
 #
-# A token's number is only a name: 43 is not more than 18. To compute with it, the model keeps a
-# table with one row of n_emb numbers for every token, an embedding, and looks the row up. The
-# rows start at random and are learnt like everything else in the model; characters that behave
-# alike, vowels for example, end up with similar rows. Looking up (B, T) tokens in this table,
-# which GPT-2 calls wte, gives (B, T, n_emb) numbers.
+# Before we build a model, let us say what we want of it. At each position it gives a score to
+# each of the V tokens of the vocabulary: the logits. The function softmax turns scores s into
+# probabilities, which are positive and sum to 1: p_i = exp(s_i) / (exp(s_1) + ... + exp(s_V)).
+# The scores 2, 1, 0, for example, become 0.67, 0.24, 0.09.
 #
-# Attention, the next section, takes the characters before a place as a bag without order. To
-# it, "on" and "no" would be the same. So a second table, wpe, has a row for each position from
-# 0 to ctx_len - 1, and the two rows are added. Now each vector says what stands there and where.
-# This is also why ctx_len is a limit: there is no row for a position beyond it.
+# The loss says how wrong the model was. All that counts is the probability p that it gave to the
+# character that really came, and the price for it is -ln p:
+#
+#     p        1       0.22     1/65      0.001
+#     loss     0       1.5      4.17      6.9
+#
+# The mean over all positions is called cross-entropy. (Its unit is the nat, as the logarithm is
+# the natural one.) Blind guessing gives each of 65 characters p = 1/65, so it costs ln 65 = 4.17.
+# With a loss of 1.5 one is as unsure as between exp(1.5) = 4.5 equally likely characters.
+#
+# How low can it go? Much can be had by counting. Whoever knows how often each character occurs in
+# the training text pays 3.24 on the last tenth of the shipped text. Counting pairs of characters
+# brings that to 2.36, three together to 1.83, four to 1.51, and seven to 1.33. (What was never
+# seen is judged by its shorter ends, so nothing has probability 0.) There it stops, as most longer
+# pieces of a new text were never seen. The small model, in five minutes, comes to 1.55, and the
+# default one to 1.25.
+
+
+def loss_fn(model, x, y):
+    """Mean cross-entropy in nats per character (a scalar array) of labels y, given x: (B, T)."""
+    return nn.losses.cross_entropy(model(x), y, reduction="mean")
+
+
+# Learning means to lower the loss by turning the parameters, the numbers inside a model. Take a
+# tiny model with one parameter w, for a language of only two letters. It gives "a" the logit w and
+# "b" the logit 0, so p = 1 / (1 + exp(-w)) is its probability of "a". Three letters of four in the
+# training text are an "a", so the loss is -(3/4) ln p - (1/4) ln(1 - p).
+#
+# Which way should w be turned? At w = 0 the loss is 0.6931. Nudge w by 0.001, and the loss falls
+# by 0.00025. Their ratio, -0.25, is the gradient: how fast the loss grows when w grows. Here it is
+# negative, so a larger w is better. Now take a step against the gradient, w = w - 2 * gradient,
+# and again, and again. (For this loss there is a formula for the gradient: p - 3/4.)
+#
+#     w           0        0.5      0.755    0.895    ...   1.099 = ln 3
+#     p           0.5      0.622    0.680    0.710    ...   0.75
+#     loss        0.6931   0.5991   0.5740   0.5664   ...   0.5623
+#     gradient   -0.25    -0.128   -0.070   -0.040    ...   0
+#
+# The model ends where it believes what is so. The 2 is the learning rate. With 20 in its place the
+# first step leads to w = 5, far beyond the goal, and the loss there is 1.26, worse than before.
+#
+# A real model has many parameters, and a nudge for each would take for ever. But it is a chain of
+# functions, one working on the result of the other, and in a chain slopes multiply. Say y grows 3
+# times as fast as w, and the loss falls 2 times as fast as y grows. Then the loss falls 6 times as
+# fast as w grows: its gradient for w is -2 * 3 = -6. Starting at the loss and going backwards
+# through the model, multiplying all the way, MLX gets the gradients of all parameters at once.
+#
+# The gradient of a batch is the mean of the gradients of its examples. What would help with only
+# one of them mostly cancels out, and what would help with many remains.
 
 # ---------------------------------------------------------------------------------------------
 # 6. Attention
 #
-# So far each position knows only its own character. To guess the next one it has to look back.
-# The simplest way is to take the average of all vectors up to its own, which a matrix with zeros
-# above the diagonal does for all positions at once. For three of them:
+# Inside the model, each character of a row is a vector, that is a list of n_emb numbers which
+# describe it. Section 8 tells where they come from. To guess what comes next, a position has to
+# take in what stands before it. How can a vector hold a summary of others?
+#
+# The simplest way is the average of all vectors up to its own. For three positions these weights
+# give that, a row for each position that looks, a column for each that it looks at:
 #
 #     1    0    0
 #     1/2  1/2  0
 #     1/3  1/3  1/3
 #
-# The zeros are a must. At every position the next character is the answer to be found, and a
-# model that may look at it learns to copy instead of to predict.
+# The zeros are a must. What stands to the right is the very answer that is asked for, and a model
+# that may look at it learns to copy instead of to predict.
 #
-# The same matrix can be had from softmax, which turns any scores s into weights that are
-# positive and sum to 1: exp(s_i) / sum_j exp(s_j). Equal scores get equal weights, and a score
-# of -inf gets none, as exp(-inf) = 0:
+# The same weights can be made by softmax. Equal scores get equal weights, and a score of -inf gets
+# none, since exp(-inf) = 0. (A score of 0 would not do. It is a score like any other.)
 #
 #     softmax(0, -inf, -inf) = 1    0    0
 #     softmax(0,    0, -inf) = 1/2  1/2  0
 #     softmax(0,    0,    0) = 1/3  1/3  1/3
 #
-# So averaging the past is softmax(scores + mask), with scores of 0 and a mask that holds -inf
-# above the diagonal. Attention is the same with scores that depend on what is there. From its
-# vector each position makes three others, by three learnt matrices:
+# So averaging the past is softmax(scores + mask), where all scores are 0 and the mask holds -inf
+# to the right of the diagonal. Attention is this, with scores that depend on what stands there.
+# From its vector each position makes three shorter ones, by three matrices that are learnt:
 #
 #     the query   what I am looking for
-#     the key     what I have to offer
-#     the value   what I pass on to those who look at me
+#     the key     how others can find me
+#     the value   what I tell those who look at me
 #
-# The score that position t gives to position s is the dot product of t's query and s's key:
-# large if they point the same way. A "q" may ask "which word am I in?" and be answered by the
-# last space. What t takes home is the average of the values, weighted by softmax of its scores.
+# The score that a position gives to another is the dot product of its own query and the other's
+# key. It is large where the two point the same way. Query and key differ because what one looks
+# for is not what one is: a letter within a word may look for the last space, and the space for
+# something else. Here is one head of attention, with two numbers in each query, key and value. You
+# can paste it into python:
 #
-# Why divide the scores by sqrt(head_size), the square root of the length of query and key? A
-# dot product of 32 pairs of random numbers of variance 1 has variance 32, so it is typically as
-# large as sqrt(32) = 5.7. softmax(5.7, 0) = (0.997, 0.003) has made up its mind before learning
-# began, and as nothing changes when the scores change a little, there is no gradient to learn
-# from. Divided, it is softmax(1, 0) = (0.73, 0.27).
+#     import numpy as np
+#     q = np.array([[1, 0], [3, 0], [0, 3]])    # a row for each of 3 positions: (T, head_size)
+#     k = np.array([[1, 0], [0, 1], [1, 1]])
+#     v = np.array([[10, 0], [0, 10], [5, 5]])
+#     scores = q @ k.T / np.sqrt(2)             # (T, T)
+#     position = np.arange(3)
+#     later = position[:, None] < position      # (T, T)
+#     scores = np.where(later, -np.inf, scores)
+#     weights = np.exp(scores)
+#     weights = weights / weights.sum(axis=1, keepdims=True)
+#     out = weights @ v                         # (T, head_size)
 #
-# Why several heads? One head takes one average, and can look for one kind of thing. n_heads of
-# them, each with queries, keys and values of head_size = n_emb // n_heads numbers, look for
-# several kinds at the same cost. It takes no loop: the n_emb numbers are reshaped to (n_heads,
-# head_size), and the axis of heads is moved next to that of the batch. A matrix product works on
-# the last two axes and repeats for all before them, so each head in each row goes its own way.
+#     scores                   weights               out
+#     0.71  -inf  -inf         1.00  0.00  0.00      10.0   0.0
+#     2.12  0.00  -inf         0.89  0.11  0.00       8.9   1.1
+#     0.00  2.12  2.12         0.06  0.47  0.47       2.9   7.1
+#
+# The second query, (3, 0), fits the first key, (1, 0), so the second position takes home mostly
+# the first value. The third finds the second key and its own equally good. The line with `later`
+# compares a column of positions, (T, 1), with a row of them, (T,): each is repeated to (T, T), and
+# every position is compared with every other, without a loop.
+#
+# Why divide by the square root of head_size? The larger head_size, the more products are summed in
+# a score. If the numbers in queries and keys are random, with mean 0 and variance 1, then each
+# product has variance 1, and a sum of 32 has variance 32. A typical score is as large as sqrt(32)
+# = 5.7, and softmax(5.7, 0) = (0.997, 0.003) looks at one position only. Divided, it is softmax(1,
+# 0) = (0.73, 0.27), which leaves something to choose. That is the general argument. A new model of
+# ours has far smaller scores, as its parameters start small, and in a short run you may find no
+# difference.
+#
+# Why several heads? One head makes one average, so it looks for one kind of thing. n_heads of them
+# look for several kinds, each with its own queries, keys and values of head_size = n_emb / n_heads
+# numbers, so that all together cost what one large head would. What they find is put side by side:
+#
+#     out = np.concatenate([head(x) for head in heads], axis=-1)    # (T, n_emb)
+#
+# It can be done without the loop. One matrix makes the queries of all heads at once, n_emb numbers
+# for each position, which are then cut into heads. Say we have four positions with two numbers
+# each, and two heads, which get one number each:
+#
+#     x = np.arange(8).reshape(4, 2)            position 0 has 0 1, then come 2 3, 4 5 and 6 7
+#     x.reshape(4, 2, 1).transpose(1, 0, 2)     head 0 has 0 2 4 6, head 1 has 1 3 5 7: right
+#     x.reshape(2, 4, 1)                        head 0 has 0 1 2 3, head 1 has 4 5 6 7: wrong
+#
+# In the wrong way a head would have half of the positions, and not its part of each position.
+#
+# The matrix product @ works on the last two axes and repeats that for all axes before them. So
+# which axes stand last decides what is compared with what:
+#
+#     (B, n_heads, T, head_size)   scores (B, n_heads, T, T)         positions, in each row and head
+#     (B, T, n_heads, head_size)   scores (B, T, n_heads, n_heads)   heads, in each row and position
+#
+# The first is what we want. At the end transpose and reshape put the heads side by side again, and
+# a last matrix, c_proj, mixes what they have found.
 #
 # (Vaswani et al., Attention Is All You Need, 2017)
+
+
+def causal_mask(T, S):
+    """(T, S), for the last T of S positions: -inf where the one looked at stands later, else 0."""
+    return mx.where(mx.arange(S - T, S)[:, None] < mx.arange(S), -mx.inf, 0.0)
+
+
+# In MLX a part of a model is a class made from nn.Module, which finds the parameters in all its
+# attributes; calling the object runs __call__. nn.Linear(a, b) turns vectors of a numbers into
+# vectors of b numbers. It holds a matrix and, unless bias=False, b numbers to add, called bias.
 
 
 class MultiHeadAttention(nn.Module):
@@ -253,51 +354,53 @@ class MultiHeadAttention(nn.Module):
         self.k_proj = nn.Linear(n_emb, n_emb, bias=False)
         self.v_proj = nn.Linear(n_emb, n_emb, bias=False)
         self.c_proj = nn.Linear(n_emb, n_emb)
-        # Dropout sets a random share of its input to zero and scales up the rest. What may be
-        # missing at any time cannot be relied on alone, so knowledge is spread, and less is
-        # learnt by heart. It works in training only; model.eval() switches it off.
+        # Dropout sets a random share of its input to 0 and scales up the rest. No one value can
+        # be relied on, so the model spreads what it knows, and learns less by heart. It is for
+        # training only: when we measure the model or let it write, we want all of it.
         self.attn_dropout = nn.Dropout(dropout)
         self.resid_dropout = nn.Dropout(dropout)
-        # A column (ctx_len, 1) against a row (ctx_len,): both are broadcast, that is repeated,
-        # to (ctx_len, ctx_len), and every position is compared with every other. The underscore
-        # tells MLX that this is no parameter to be trained.
-        position = mx.arange(ctx_len)
-        self._mask = mx.where(position[:, None] < position, -mx.inf, 0.0)  # (ctx_len, ctx_len)
 
-    def __call__(self, x, cache=None):
-        """x is (B, T, n_emb). A cache, [keys, values] of S - T earlier positions, is extended."""
-        B, T, n_emb = x.shape
+    def qkv(self, x):
+        """Queries, keys and values of x, (B, T, n_emb). Each is (B, n_heads, T, head_size)."""
+        B, T, _ = x.shape
 
-        def split_heads(z):
+        def heads(z):
             z = z.reshape(B, T, self.n_heads, -1)  # (B, T, n_heads, head_size)
             return z.transpose(0, 2, 1, 3)  # (B, n_heads, T, head_size)
 
-        q = split_heads(self.q_proj(x))  # (B, n_heads, T, head_size)
-        k = split_heads(self.k_proj(x))  # (B, n_heads, T, head_size)
-        v = split_heads(self.v_proj(x))  # (B, n_heads, T, head_size)
+        return heads(self.q_proj(x)), heads(self.k_proj(x)), heads(self.v_proj(x))
 
-        # In training there is no cache, and S = T: positions look at those of their own row.
-        # Section 11 generates one character at a time and keeps what earlier ones have offered.
-        if cache is not None:
-            k = cache[0] = mx.concatenate([cache[0], k], axis=2)  # (B, n_heads, S, head_size)
-            v = cache[1] = mx.concatenate([cache[1], v], axis=2)  # (B, n_heads, S, head_size)
-        S, head_size = k.shape[2:]
+    def weights(self, q, k):
+        """How much each query looks at each key, (B, n_heads, T, S). Each row sums to 1.
 
-        scores = q @ k.transpose(0, 1, 3, 2) / math.sqrt(head_size)  # (B, n_heads, T, S)
-        scores = scores + self._mask[S - T : S, :S]  # one (T, S) for all rows and heads
-        weights = self.attn_dropout(mx.softmax(scores, axis=-1))
-        out = weights @ v  # (B, n_heads, T, head_size)
-        out = out.transpose(0, 2, 1, 3).reshape(B, T, n_emb)  # (B, T, n_emb), heads side by side
-        return self.resid_dropout(self.c_proj(out))  # (B, T, n_emb), and the heads mixed
+        S counts the keys, and the T queries belong to the last T of them. In training T = S.
+        """
+        T, S = q.shape[2], k.shape[2]
+        scores = q @ k.transpose(0, 1, 3, 2) / math.sqrt(q.shape[3])  # (B, n_heads, T, S)
+        return mx.softmax(scores + causal_mask(T, S), axis=-1)
+
+    def __call__(self, x):
+        q, k, v = self.qkv(x)  # (B, n_heads, T, head_size) each
+        out = self.attn_dropout(self.weights(q, k)) @ v  # (B, n_heads, T, head_size)
+        out = out.transpose(0, 2, 1, 3).reshape(x.shape)  # (B, T, n_emb), the heads side by side
+        return self.resid_dropout(self.c_proj(out))  # (B, T, n_emb), and what they found, mixed
 
 
 # ---------------------------------------------------------------------------------------------
 # 7. MLP and block
 #
-# Attention gathers; the MLP, a "multi-layer perceptron", digests. It treats every position by
-# itself: out to four times the width, through a function that bends, and back. Without the bend
-# two matrices in a row would do no more than one. GPT-2 bends with GELU, x times the share of
-# the normal distribution below x: nearly 0 far below zero, nearly x far above, smooth between.
+# Attention moves information between positions. The MLP ("multi-layer perceptron") then works on
+# what has arrived, at each position by itself. It is two matrices with a function between them.
+# Without the function they could do no more than one matrix, as (x @ M) @ N = x @ (M @ N). In
+# GPT-2 it is GELU: x times the probability that a number drawn from the normal distribution is
+# below x.
+#
+#     x           -3       -1       0        1        3
+#     gelu(x)     -0.004   -0.159   0        0.841    2.996
+#
+# So it is nearly 0 on the left, nearly x on the right, and smooth between. The first matrix makes
+# 4 * n_emb numbers out of n_emb, the answers to many small questions about the vector, and the
+# second one adds up from them what is to be changed. The 4 is a custom that works well.
 # (Hendrycks and Gimpel, Gaussian Error Linear Units, 2016)
 
 
@@ -315,18 +418,24 @@ class MLP(nn.Module):
         return self.dropout(self.c_proj(x))  # (B, T, n_emb)
 
 
-# A block is one round of gathering and digesting, and two inventions that let blocks be stacked.
+# A block is one attention layer and one MLP. x itself runs straight through:
 #
-# Residual connections: what attention and MLP compute is added to x and does not replace it. A
-# block has to learn only what to change. And a sum hands the gradient on to both its parts as it
-# is, so it reaches the first block as strong as the last, however many stand between.
-# (He et al., Deep Residual Learning, 2015)
+#     x ---+----------------------(+)---+----------------(+)---> x
+#          |                       |    |                 |
+#          +--> ln_1 --> attention +    +--> ln_2 --> MLP +
 #
-# LayerNorm: each token's n_emb numbers are shifted and scaled to mean 0 and variance 1, then
-# multiplied by a learnt gain and moved by a learnt bias. Each token by itself: no other position
-# and no other row of the batch plays a part. It keeps the numbers in the range where the layers
-# after it work well. As in GPT-2 it stands before attention and MLP, so that the path of x
-# itself, from the embedding to the end, is nothing but additions.
+# What attention and MLP compute is added to x and does not replace it. So a layer has to learn
+# only what to change. And learning gets through. In a chain slopes multiply, and twelve slopes of
+# 1/2 leave 1/4096 of the gradient. But a sum grows just as fast as either of its parts: on the
+# straight path all slopes are 1, and the gradient arrives at the first block unchanged. This is
+# called a residual connection.
+# (He et al., Deep Residual Learning for Image Recognition, 2015)
+#
+# LayerNorm keeps the numbers at a size with which the layers work well. It takes each vector by
+# itself, shifts and scales its n_emb numbers to mean 0 and variance 1, then multiplies each by a
+# learnt gain and adds a learnt bias. (1, 2, 6), for example, becomes (-0.93, -0.46, 1.39) before
+# gain and bias. No other position and no other row of the batch plays a part. It stands before
+# attention and MLP, beside the straight path and not in it, as in GPT-2.
 # (Ba et al., Layer Normalization, 2016)
 
 
@@ -340,114 +449,130 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(n_emb)
         self.mlp = MLP()
 
-    def __call__(self, x, cache=None):
-        x = x + self.mha(self.ln_1(x), cache)
+    def __call__(self, x):
+        x = x + self.mha(self.ln_1(x))
         return x + self.mlp(self.ln_2(x))
 
 
 # ---------------------------------------------------------------------------------------------
 # 8. GPT
 #
-# The whole model: look up the embeddings, go through the blocks, and turn each position's final
-# vector into vocab_size scores, the logits. The larger a token's logit, the more the model
-# believes that it comes next; softmax makes probabilities of them.
+# How does a character become a vector? A token is only a name: 43 is not more than 18. So the
+# model keeps a table, an embedding, with a row of n_emb numbers for every token, and looks the row
+# up. The rows start at random and are learnt. Characters that behave alike get similar rows: in
+# the trained model, `--look` shows it, vowels are neighbours. GPT-2 calls this table wte.
 #
-# All numbers in it that training changes are its parameters: with the settings at the top and 65
-# characters, 627,009. GPT-2 in its smallest size has 124 million, with n_emb = 768, 12 heads,
-# 12 layers, ctx_len = 1024 and 50,257 tokens.
+# The vector must also say where the character stands. Attention adds up what it finds, and a sum
+# has no order. The "a" of "tea" would see what the "a" of "eta" sees, and one attention layer
+# could not tell them apart. So there is a second table, wpe, with a row for each position from 0
+# to ctx_len - 1, and the two rows are added. This is also why a model cannot see more than ctx_len
+# characters: there is no row for the next position.
+#
+# After the blocks, a last LayerNorm and a last matrix, lm_head, turn each position's vector into
+# its vocab_size logits. With the default settings and 65 characters, the parameters are
+#
+#     wte          65 x 128                                    8,320
+#     wpe         128 x 128                                   16,384
+#     a block     ln_1 and ln_2                  512
+#                 mha: q, k, v            3 x 16,384
+#                      c_proj                 16,512
+#                 mlp: c_fc                   66,048
+#                      c_proj                 65,664
+#                                            197,888   x 3   593,664
+#     ln_f                                                       256
+#     lm_head     128 x 65, and 65 biases                      8,385
+#                                                            627,009
+#
+# So nearly all of them are in the blocks, and two thirds of a block in its MLP. model.parameters()
+# holds them in a tree, that is in nested dictionaries and lists. The path to each is its name, for
+# example blocks.0.mha.c_proj.weight, and `initial` goes by that.
+#
+# What is not as in GPT-2: there the queries, keys and values have biases, GELU is computed by an
+# approximation with tanh, and lm_head is no matrix of its own, but wte once more, without a bias.
+# The smallest GPT-2 has n_emb = 768, 12 heads, 12 layers, ctx_len = 1024 and 50,257 tokens, which
+# makes 124 million parameters. The README shows how to load it into this file.
 # (Radford et al., Language Models are Unsupervised Multitask Learners, 2019)
 
 
+def initial(name, weight):
+    """The value with which a parameter starts in GPT-2, given its name and an array of its shape.
+
+    Biases are 0 and gains 1. Matrices are random, as equal numbers would get equal gradients and
+    stay equal, and small, so that all logits are close to 0 and no character is preferred: the
+    first loss must be close to ln 65, or something is wrong.
+    """
+    if weight.ndim == 1:
+        return mx.zeros_like(weight) if name.endswith("bias") else mx.ones_like(weight)
+    # Each block adds two things to x, the outputs of its c_proj layers. A sum of N independent
+    # numbers is typically sqrt(N) times as large as one of them. Dividing by that keeps x the same
+    # size for any number of blocks.
+    std = 0.02 / math.sqrt(2 * n_layers) if name.endswith("c_proj.weight") else 0.02
+    return mx.random.normal(weight.shape, scale=std)
+
+
 class GPT(nn.Module):
-    """model(x) maps (B, T) tokens to (B, T, vocab_size) logits, for any T up to ctx_len."""
+    """model(tokens) maps (B, T) tokens to (B, T, vocab_size) logits, for any T up to ctx_len."""
 
     def __init__(self, vocab_size):
         super().__init__()
+        self.ctx_len = ctx_len
         self.wte = nn.Embedding(vocab_size, n_emb)
         self.wpe = nn.Embedding(ctx_len, n_emb)
         self.dropout = nn.Dropout(dropout)
         self.blocks = [Block() for _ in range(n_layers)]
         self.ln_f = nn.LayerNorm(n_emb)
         self.lm_head = nn.Linear(n_emb, vocab_size)
-        self.update(tree_map_with_path(self._initial, self.parameters()))
+        self.update(tree_map_with_path(initial, self.parameters()))
 
-    def _initial(self, name, weight):
-        # GPT-2's initialisation: small random numbers, so that all logits start near 0 and no
-        # character is preferred. A block's two c_proj layers add to x, which makes 2 * n_layers
-        # additions; drawn smaller by the root of their number, they keep the sum's size.
-        if weight.ndim == 1:  # biases start at 0, the gains of LayerNorm at 1
-            return mx.zeros_like(weight) if name.endswith("bias") else mx.ones_like(weight)
-        std = 0.02 / math.sqrt(2 * n_layers) if name.endswith("c_proj.weight") else 0.02
-        return mx.random.normal(weight.shape, scale=std)
+    def __call__(self, tokens, start=0):
+        """The logits for tokens that stand at the positions from start on.
 
-    def __call__(self, x, cache=None):
-        """x is (B, T). A cache holds one [keys, values] for each block, see section 11.
-
-        Raises ValueError if cache and x together are longer than ctx_len.
+        Raises ValueError if these positions reach beyond ctx_len.
         """
-        B, T = x.shape
-        start = 0 if cache is None else cache[0][0].shape[2]  # the position of x's first token
-        if start + T > len(self.wpe.weight):
-            raise ValueError(f"{start + T} tokens are more than ctx_len = {len(self.wpe.weight)}")
-        x = self.wte(x) + self.wpe(mx.arange(start, start + T))  # (B, T, n_emb) + (T, n_emb)
-        x = self.dropout(x)
-        for i, block in enumerate(self.blocks):
-            x = block(x, None if cache is None else cache[i])
+        end = start + tokens.shape[1]
+        if end > self.ctx_len:
+            raise ValueError(f"{end} tokens are more than ctx_len = {self.ctx_len}")
+        positions = self.wpe(mx.arange(start, end))  # (T, n_emb), the same for all B rows
+        x = self.dropout(self.wte(tokens) + positions)  # (B, T, n_emb)
+        for block in self.blocks:
+            x = block(x)
         return self.lm_head(self.ln_f(x))  # (B, T, vocab_size)
 
 
 # ---------------------------------------------------------------------------------------------
-# 9. Loss
+# 9. Training
 #
-# How wrong was the model? Of the probabilities that softmax makes of a position's logits, only
-# the one given to the character that really came counts: the loss is minus its natural
-# logarithm, averaged over all positions. This is the cross-entropy, in nats per character.
-# Certain and right costs -ln 1 = 0; the less expected the truth, the higher the price.
+# A step takes a batch and turns every parameter a little against its gradient. How far? Plain
+# steps of lr * gradient, as in section 5, seldom suit all parameters at once: their gradients
+# differ in size by orders of magnitude. Adam brings them to one scale. For each parameter it keeps
+# a running mean m of its gradient g and a running mean v of the square. In each step, with betas =
+# (0.9, 0.99),
 #
-# Pure guessing gives each of 65 characters the probability 1/65 and costs ln 65 = 4.17. A new
-# model knows nothing, so its first loss must be close to that: if it is not, something is wrong.
-# A loss of 1.5 means being as unsure as between exp(1.5) = 4.5 equally likely characters.
-
-
-def loss_fn(model, x, y):
-    """Mean cross-entropy in nats per character (a scalar array) of labels y, given x: (B, T)."""
-    return nn.losses.cross_entropy(model(x), y, reduction="mean")
-
-
-# ---------------------------------------------------------------------------------------------
-# 10. Training
+#     m = 0.9 * m + 0.1 * g
+#     v = 0.99 * v + 0.01 * g * g
+#     w = w - lr * m / sqrt(v)        (m and v start at 0, and bias_correction makes up for that)
 #
-# Training is one step, over and over: take a batch, compute the loss and its gradient, that is for
-# each parameter how the loss would change if the parameter grew a little, and move every
-# parameter a little the other way.
+# While g stays the same, be it 0.001 or 10, the ratio m / sqrt(v) is 1 and w moves by lr. If g
+# goes to and fro between 1 and -1, nothing is sure, and the ratio is only 0.05. So Adam's steps do
+# not become smaller as the gradients do, and the learning rate has to fall towards the end.
 #
-# Three things about MLX. First, it is lazy: an operation only notes down what is to be computed,
-# and the work is done when somebody needs the result or calls mx.eval. Second, it transforms
-# functions. PyTorch's loss.backward() leaves gradients behind in the parameters; here
-# nn.value_and_grad makes of loss_fn a new function, which returns the loss and, in a tree of the
-# same shape as the parameters, its gradient for each. Third, mx.compile records a function once,
-# joins small operations into larger ones, and runs the recording from then on. What the step
-# changes besides its return value it must be told: the state.
+# AdamW adds weight decay: each step also shrinks the parameters by the share lr * weight_decay, so
+# that one stays large only if the gradients keep it so.
+# (Kingma and Ba, Adam, 2014; Loshchilov and Hutter, Decoupled Weight Decay Regularization, 2017)
 
 
 def make_optimizer(total_steps):
-    """AdamW for a training of total_steps steps (Loshchilov and Hutter, 2019).
-
-    Adam divides a running mean of each parameter's gradient by the root of a running mean of its
-    square, so that all parameters move at a similar pace. The W is for weight decay: each step
-    also shrinks the weights by a small share, and only those that keep earning it stay large.
-
-    The rule: the weight matrices of the linear layers decay. Biases and gains do not, as they
-    set levels, for which 0 is no better than another. Nor do the two embedding tables: a row is
-    only used when its character comes, and a rare one would fade in between.
-    """
+    """AdamW for a training of total_steps steps."""
 
     def learning_rate(step):
-        # Up to lr in warmup_steps, while the running means settle, and all the way down to 0
-        # over the run: large strides first, small ones to come to rest at the bottom.
+        # It rises in warmup_steps, while m and v still rest on few gradients, and it falls to 0
+        # over the whole run.
         return lr * mx.minimum(1, (step + 1) / max(1, warmup_steps)) * (1 - step / total_steps)
 
     def decays(name, weight):
+        # The custom is to let only the matrices of linear layers decay: not biases and gains, for
+        # which 0 means nothing special, and not the tables wte and wpe. With the small model it
+        # lowers the loss by about 0.01, which is less than two seeds differ.
         return weight.ndim == 2 and not name.startswith(("wte", "wpe"))
 
     adamw = partial(optim.AdamW, learning_rate, list(betas), bias_correction=True)
@@ -455,76 +580,93 @@ def make_optimizer(total_steps):
 
 
 def evaluate(model, tokens):
-    """The mean loss over all of tokens but the first, which nothing precedes; without dropout."""
-    world = mx.distributed.init()
-    model.eval()  # evaluation mode: dropout does nothing
-    total, count = mx.array(0.0), 0
-    for i, (x, y) in enumerate(get_batches(tokens, batch_size, shuffle=False)):
-        if i % world.size() == world.rank():
-            total = total + loss_fn(model, x, y) * y.size  # a short batch weighs less
-            count += y.size
-            mx.eval(total)
-    model.train()  # training mode again
-    total, count = mx.distributed.all_sum(mx.stack([total, mx.array(float(count))])).tolist()
+    """The mean loss over tokens, in nats per character, without dropout."""
+    model.eval()  # dropout off
+    total = count = 0
+    for x, y in get_batches(tokens, batch_size, shuffle=False):
+        total += loss_fn(model, x, y).item() * y.size  # the last batch can be smaller
+        count += y.size
     return total / count
 
 
-def train(model, optimizer, train_tokens, val_tokens, first_epoch=0, loss_fn=loss_fn):
+# Three things about MLX.
+#
+# It is lazy. `a + b` only notes what is to be computed. The work is done when a value is asked
+# for, by .item() or print, or when mx.eval demands it. A training loop that never asked would only
+# make ever longer notes. mx.async_eval has the work begun without waiting for its end, so that
+# Python prepares the next batch meanwhile.
+#
+# It transforms functions. nn.value_and_grad makes of loss_fn a new function, which returns the
+# loss and its gradients, in a tree like that of the parameters.
+#
+# It compiles. mx.compile runs the Python of a function once, records the operations, and from then
+# on runs only the recording, with many small operations joined into one. It must be told what else
+# the function reads and changes, as inputs and outputs: here the parameters, all that the
+# optimizer keeps, and the state of the random numbers. Everything else is frozen as it was at the
+# first call: a print in the function prints once, and dropout, which is on then, stays on. While
+# you experiment with the step, take the decorator away.
+
+
+def train(model, optimizer, train_tokens, val_tokens, first_epoch=0, loss_fn=loss_fn,
+          watch=lambda loss: None):
     """Trains model in place; yields (epoch, train loss, validation loss) after each epoch.
 
-    What it minimises may also be another function with the arguments of loss_fn. Raises
-    FloatingPointError if the loss is no longer a finite number.
+    Both losses are measured alike, at the end of the epoch and without dropout. loss_fn may be
+    another function with the same arguments; watch is called with the loss of each step.
     """
-    # Started by mlx.launch, several processes train together (alone, size is 1 and rank 0). All
-    # have the same model, take every size-th row of each batch and average their gradients. As
-    # the loss is a mean over rows, the mean of the gradients of two half batches is the gradient
-    # of the whole batch: every process takes the very step that one alone would have taken.
-    world = mx.distributed.init()
     loss_and_grad = nn.value_and_grad(model, loss_fn)
     state = [model.state, optimizer.state, mx.random.state]
 
     @partial(mx.compile, inputs=state, outputs=state)
     def step(x, y):
         loss, grads = loss_and_grad(model, x, y)
-        grads = nn.average_gradients(grads)
-        # One odd batch can have a gradient that would throw the model far off. Keep its
-        # direction, but limit its length.
+        grads = nn.average_gradients(grads)  # does nothing, unless several machines train together
+        # All gradients together, taken as one long vector, are shortened to max_norm if they are
+        # longer: m and v would remember one odd batch for a long time.
         grads, _ = optim.clip_grad_norm(grads, max_norm)
         optimizer.update(model, grads)
         return loss
 
     for epoch in range(first_epoch, num_epochs):
-        # Chance starts afresh in each epoch: the order of the text the same in all processes and
-        # after --resume, dropout different in each process.
-        np.random.seed([seed, epoch])
-        mx.random.seed(np.random.randint(2**31) + world.rank())
-        losses = []
+        np.random.seed([seed, epoch])  # so that an epoch is the same, whatever came before
+        mx.random.seed(np.random.randint(2**31))
+        model.train()  # dropout on, which evaluate has turned off
         for x, y in get_batches(train_tokens, batch_size, shuffle=True):
-            losses.append(step(x[world.rank() :: world.size()], y[world.rank() :: world.size()]))
-            # Start computing, and let Python prepare the next batch meanwhile.
-            mx.async_eval(losses[-1], state)
-            if sys.stdout.isatty() and len(losses) % 10 == 0:
-                done = f"step {len(losses)} of {count_batches(train_tokens, batch_size)}"
-                print(f"\rEpoch {epoch}, {done}, loss {losses[-1].item():.4f}", end="", flush=True)
-        losses = np.array(mx.distributed.all_sum(mx.stack(losses)) / world.size())
-        if not np.isfinite(losses).all():
-            bad = np.isfinite(losses).argmin()
-            raise FloatingPointError(f"the loss is {losses[bad]} in epoch {epoch}, step {bad}")
-        yield epoch, losses.mean().item(), evaluate(model, val_tokens)
+            loss = step(x, y)
+            mx.async_eval(loss, state)
+            watch(loss)
+        seen = train_tokens[: len(val_tokens) // 4]  # a piece will do
+        yield epoch, evaluate(model, seen), evaluate(model, val_tokens)
 
 
 # ---------------------------------------------------------------------------------------------
-# 11. Sampling
+# 10. Sampling
 #
-# To write, ask the trained model for the next character, append it, and ask again. Taking the
-# likeliest each time soon runs in circles, so draw one at random, with the probabilities that
-# the model gives. Dividing the logits by a temperature first makes it bolder or more careful:
-# below 1 the likely become likelier still, above 1 all move closer together. top_k bars the long
-# tail of unlikely characters, any of which could derail what follows.
+# To write, ask the model for the next character, append it, and ask again:
+#
+#     for _ in range(100):
+#         logits = model(mx.array([tokens[-ctx_len:]]))    # (1, T, vocab_size)
+#         tokens.append(sample(logits[0, -1]))             # the last position tells what comes next
+#
+# There must be something to continue. We begin with a newline: in the training text, what follows
+# it is the beginning of a line.
+#
+# Always taking the likeliest character soon leads in circles, since the same text has the same
+# continuation. So we draw one, with the probabilities that the model gives. Dividing the logits by
+# a temperature first makes it more careful or bolder:
+#
+#     logits             2      1      0
+#     temperature 0.5    0.87   0.12   0.02
+#     temperature 1      0.67   0.24   0.09
+#     temperature 2      0.51   0.31   0.19
 
 
 def sample(logits, temperature=1.0, top_k=None):
-    """Draws a token, an int, from logits (vocab_size,). temperature=0 takes the likeliest."""
+    """Draws a token, an int, from logits (vocab_size,). temperature=0 takes the likeliest.
+
+    With top_k, none is drawn that is not among the k likeliest: of many unlikely ones together,
+    one would come now and then, and lead what follows astray.
+    """
     if temperature == 0:
         return mx.argmax(logits).item()
     candidates = mx.argsort(-logits)[:top_k]  # (top_k,) tokens, the likeliest first
@@ -532,288 +674,441 @@ def sample(logits, temperature=1.0, top_k=None):
     return candidates[choice].item()
 
 
-# Running the whole text through the model for every new character repeats nearly all the work.
-# A position looks only at earlier ones, so nothing that comes later can change its keys and
-# values, in any block: once computed, they can be kept. With this key/value cache a new character
-# costs the forward pass of one token: its query looks at all the kept keys. It needs no mask, as
-# what it must not see does not exist yet (its row of the mask is all zeros).
+# The loop above computes everything anew for each character, although nearly all is as it was. A
+# position looks only at earlier ones. So nothing that is appended can change its vectors, in any
+# block, nor its key and value. Whoever keeps the keys and values needs to send only the new
+# character through the model: its query meets all the kept keys. This is the key/value cache.
 #
-# When all ctx_len positions are taken, the last half of them is read in again at the front of an
-# empty cache, since wpe ties the kept keys and values to their old positions.
+# It takes no change to the model. Of an attention layer we replace only the part that makes
+# queries, keys and values. weights() then finds T new queries and S keys, and gives causal_mask
+# both.
 
 
-def generate(model, ids, max_new_tokens, temperature=1.0, top_k=None):
-    """Yields max_new_tokens tokens that continue ids, a list of at least one, as they are made."""
-    model.eval()
-    limit, n_emb = model.wpe.weight.shape
-    heads = model.blocks[0].mha.n_heads
+def remember(mha):
+    """From now on this attention layer adds to the keys and values of each call all former ones."""
+    new, kept = mha.qkv, []
 
-    def empty_cache():
-        nothing = mx.zeros((1, heads, 0, n_emb // heads))  # keys or values of no positions yet
-        return [[nothing, nothing] for _ in model.blocks]
+    def qkv(x):
+        q, k, v = new(x)  # (B, n_heads, T, head_size) each
+        if kept:
+            k = mx.concatenate([kept[0], k], axis=2)  # (B, n_heads, S, head_size)
+            v = mx.concatenate([kept[1], v], axis=2)  # (B, n_heads, S, head_size)
+        kept[:] = k, v
+        return q, k, v
 
-    context = new = list(ids)[-limit:]
-    cache = empty_cache()
+    mha.qkv = qkv
+
+
+def generate(model, tokens, max_new_tokens, temperature=1.0, top_k=None):
+    """Yields max_new_tokens tokens that continue tokens, a list of at least one, as they are made.
+
+    When all ctx_len positions are taken, the last half of them is read again, from position 0 on:
+    wpe has no row beyond, and the kept keys and values belong to the old positions. Half, because
+    reading all but one again for each character would save nothing.
+    """
+    tokens, start = list(tokens)[-model.ctx_len :], 0
     for _ in range(max_new_tokens):
-        logits = model(mx.array([new]), cache)[0, -1]  # (vocab_size,), those of the last token
-        token = sample(logits, temperature, top_k)
+        if start == 0:  # a fresh copy, which remembers nothing yet; the model stays as it is
+            reader = copy.deepcopy(model)
+            reader.eval()
+            for block in reader.blocks:
+                remember(block.mha)
+        logits = reader(mx.array([tokens[start:]]), start)  # (1, T, vocab_size), T new tokens
+        token = sample(logits[0, -1], temperature, top_k)
         yield token
-        context, new = context + [token], [token]
-        if len(context) > limit:
-            context = new = context[-max(1, limit // 2) :]
-            cache = empty_cache()
+        start = len(tokens)
+        tokens.append(token)
+        if len(tokens) > model.ctx_len:
+            tokens, start = tokens[-max(1, model.ctx_len // 2) :], 0
 
 
-GPT.generate = generate  # from here on, model.generate(ids, 100)
-
-
-def write(model, tokenizer, ids):
-    """Streams a continuation of the tokens ids to the screen as it is made, and returns it."""
-    mx.random.seed(seed)
-    text = ""
-    for token in model.generate(ids, max_new_tokens, temperature, top_k):
-        text += tokenizer.decode([token])
-        print(text[-1], end="", flush=True)
-    print()
-    return text
-
+GPT.generate = generate  # so that model.generate(tokens, 100) works, too
 
 # ---------------------------------------------------------------------------------------------
-# 12. Conveniences
+# 11. Conveniences
 #
-# Nothing new is learnt here. This section keeps the model in files, so that a run can be stopped
-# and continued and its model used again, and says in one line what is wrong when it is.
+# You have seen all of GPT. What follows keeps a run in a file, shows how it goes, looks inside the
+# model, shares the work, and says in one line what is wrong when something is.
 
-ARCHITECTURE = "ctx_len n_emb n_heads n_layers".split()  # what the weights were made for
-TRAINING = "dropout num_epochs batch_size lr warmup_steps weight_decay betas max_norm".split()
-SAMPLING = "max_new_tokens temperature top_k seed".split()
-MODEL, CHECKPOINT = "model.safetensors", "checkpoint.safetensors"
+MODEL, FORMER, WRITTEN = "model.safetensors", "former.safetensors", "completions.txt"
+LIMITS = {  # for settings: what and how many they are, of which type, from where to below where
+    "ctx_len n_emb n_heads n_layers num_epochs batch_size max_new_tokens top_k":
+        ("a whole number", 1, int, 1, math.inf),
+    "warmup_steps seed": ("a whole number", 1, int, 0, 2**32),
+    "lr max_norm": ("a number", 1, float, 1e-30, math.inf),
+    "weight_decay temperature": ("a number", 1, float, 0, math.inf),
+    "dropout": ("a number", 1, float, 0, 1),
+    "betas": ("two numbers", 2, float, 0, 1),
+}
+SETTINGS = " ".join(LIMITS).split()
+FREE = "num_epochs max_new_tokens temperature top_k".split()  # a resumed run may change these
+ONE_LINE, BLOCKS = str.maketrans("\n\t", "⏎ "), " ▁▂▃▄▅▆▇█"
 
 
-def stop(message, status=2):
-    """Ends the script with one line on stderr and an exit status that says that it failed."""
-    print(f"train.py: {message}", file=sys.stderr)
-    raise SystemExit(status)
+class Refusal(Exception):
+    """Something that the user has to mend. main() says it in one line."""
 
 
-def check_settings():
-    """Stops at the first setting with which nothing can be trained or sampled."""
-    rules = [
-        ("ctx_len n_emb n_heads n_layers num_epochs batch_size max_new_tokens top_k",
-         lambda v: isinstance(v, int) and v >= 1, "a whole number of at least 1"),
-        ("warmup_steps seed", lambda v: isinstance(v, int) and 0 <= v < 2**32,
-         "a whole number of at least 0"),
-        ("lr max_norm", lambda v: 0 < v < math.inf, "more than 0"),
-        ("weight_decay temperature", lambda v: 0 <= v < math.inf, "at least 0"),
-        ("dropout", lambda v: 0 <= v < 1, "at least 0 and less than 1"),
-        ("betas", lambda v: len(v) == 2 and all(0 <= b < 1 for b in v), "two numbers from 0 to 1"),
-    ]
-    for names, is_fine, wanted in rules:
+def check(settings):
+    """The settings, as a file keeps them. Raises Refusal at the first that cannot be used."""
+    for names, (what, count, kind, low, high) in LIMITS.items():
         for name in names.split():
-            if not is_fine(globals()[name]):
-                stop(f"{name} = {globals()[name]} must be {wanted}")
-    if n_emb % n_heads:
-        stop(f"n_emb = {n_emb} must be a multiple of n_heads = {n_heads}")
+            value = settings[name]
+            numbers = value if type(value) in (tuple, list) else [value]
+            fine = [type(number) in (int, kind) and low <= number < high for number in numbers]
+            if len(fine) != count or not all(fine):
+                raise Refusal(f"{name} = {value!r} must be {what} from {low} to below {high}")
+    if settings["n_emb"] % settings["n_heads"]:
+        raise Refusal("n_emb = {n_emb} must be a multiple of n_heads = {n_heads}"
+                      .format(**settings))
+    return json.loads(json.dumps({name: settings[name] for name in SETTINGS}))
 
 
-def load_tokens():
-    """The tokenizer and all tokens of input.txt; stops if it cannot be trained on."""
+def changes(then, now, names):
+    """What differs between the notes of two runs."""
+    return [f"{name} {then[name]} to {now[name]}" for name in names if then[name] != now[name]]
+
+
+def replace(path, write):
+    """Has write(name) make a file of another name, which then takes the place of path."""
+    temporary = f"tmp-{os.getpid()}-{path}"
     try:
-        text = load_text()
-    except UnicodeDecodeError as error:
-        stop(f"input.txt is not UTF-8 text: it goes wrong at byte {error.start}")
-    # The training part must hold a batch of chunks and one chunk more, see count_batches.
-    needed = max(20, -(-(batch_size + 1) * ctx_len * 10 // 9))
-    if len(text) < needed:
-        stop(f"input.txt has {len(text)} characters; ctx_len = {ctx_len} and batch_size = "
-             f"{batch_size} need at least {needed}")
-    tokenizer = CharTokenizer(text)
-    if tokenizer.vocab_size == 1:
-        stop(f"input.txt holds only one distinct character, {text[0]!r}: nothing to learn there")
-    return tokenizer, np.array(tokenizer.encode(text), dtype=np.int32)
-
-
-def save(path, tree, tokenizer, history):
-    """Writes a safetensors file, whole or not at all: under another name, which is then changed.
-
-    The metadata are JSON: vocab, constants, history of all losses, epoch and loss (the last).
-    """
-    constants = {name: globals()[name] for name in ARCHITECTURE + TRAINING + SAMPLING}
-    metadata = {"vocab": "".join(tokenizer.vocab), "constants": constants, "history": history,
-                "epoch": len(history) - 1, "loss": history[-1][1]}
-    temporary = path.replace(".safetensors", ".tmp.safetensors")
-    try:
-        mx.save_safetensors(temporary, dict(tree_flatten(tree)),
-                            {name: json.dumps(value) for name, value in metadata.items()})
+        write(temporary)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
-        stop(f"cannot write {path}, which is as it was before: {error}")
+        raise Refusal(f"cannot write {path}, which is as it was before: {error}") from None
     finally:
         Path(temporary).unlink(missing_ok=True)
 
 
+def save(best, model, optimizer, notes):
+    """Keeps a run in one file: the best weights, by their names, and all that --resume needs.
+
+    The notes are the settings, the vocab, a fingerprint of the text, and the history of losses.
+    The first save of a run keeps the file of the former run under another name.
+    """
+    def write(name):
+        run = {**best, "last": model.parameters(), "optimizer": optimizer.state}
+        as_text = {key: json.dumps(note) for key, note in notes.items()}
+        mx.save_safetensors(name, dict(tree_flatten(run)), as_text)
+        if len(notes["history"]) == 1 and os.path.exists(MODEL):
+            os.replace(MODEL, FORMER)
+
+    replace(MODEL, write)
+
+
 def load(path):
-    """The arrays and the decoded metadata that save() wrote. Stops if the file holds no such."""
-    if not Path(path).is_file():
-        stop(f"there is no {path} in this folder: python train.py makes one")
+    """What save() wrote: the trees best, last and optimizer, and the notes. Else raises Refusal."""
+    if not os.path.isfile(path):
+        raise Refusal(f"there is no {path} in this folder: python train.py makes one")
     try:
-        arrays, metadata = mx.load(path, return_metadata=True)
-        return arrays, {key: json.loads(metadata[key]) for key in "vocab constants history".split()}
-    except (RuntimeError, KeyError, ValueError):
-        stop_at_damage(path)
+        arrays, notes = mx.load(path, return_metadata=True)
+        notes = {key: json.loads(note) for key, note in notes.items()}
+        notes |= check(notes)
+        assert list(notes["vocab"]) == sorted(set(notes["vocab"])) and type(notes["text"]) is str
+        assert notes["history"] and all(math.isfinite(a + b) for a, b in notes["history"])
+        assert all(array.dtype in (mx.float32, mx.uint64) and mx.isfinite(array).all()
+                   for array in arrays.values())
+        tree = tree_unflatten(list(arrays.items()))
+        last, optimizer = tree.pop("last"), tree.pop("optimizer")
+        return tree, last, optimizer, notes
+    except Exception:  # whatever goes wrong here, the file is none of ours
+        raise Refusal(f"{path} is damaged, or was not written by this script") from None
 
 
-def unpack(path, arrays, like):
-    """The arrays of a file as a tree. Stops unless they have the names and shapes of like's."""
-    wanted = {name: array.shape for name, array in tree_flatten(like)}
-    if {name: array.shape for name, array in arrays.items()} != wanted:
-        stop_at_damage(path)
-    return tree_unflatten(list(arrays.items()))
-
-
-def stop_at_damage(path):
-    """Stops because the file is not, or no longer, what save() writes."""
-    stop(f"{path} is damaged, or was not written by this script")
-
-
-def resume(model, optimizer, tokenizer, steps_per_epoch):
-    """Puts the checkpoint into model and optimizer, and returns its history of losses."""
-    arrays, metadata = load(CHECKPOINT)
-    for name in ARCHITECTURE:
-        then, now = metadata["constants"][name], globals()[name]
-        if then != now:
-            stop(f"{CHECKPOINT} was saved with {name} = {then}, now it is {now}: set it back, "
-                 "or train without --resume")
-    if metadata["vocab"] != "".join(tokenizer.vocab):
-        stop(f"input.txt has other characters than when {CHECKPOINT} was saved")
-    tree = unpack(CHECKPOINT, arrays, {"model": model.parameters(), "optimizer": optimizer.state})
-    model.update(tree["model"])
-    optimizer.state = tree["optimizer"]
-    for part in optimizer.state["states"]:  # the schedule goes on, even if batch_size has changed
-        part["step"] = mx.array(len(metadata["history"]) * steps_per_epoch, dtype=mx.uint64)
-    return metadata["history"]
-
-
-def sample_from_file(prompt):
-    """Streams text that continues prompt, by the model and the constants in its file."""
-    arrays, metadata = load(MODEL)
-    globals().update({name: metadata["constants"][name] for name in ARCHITECTURE + TRAINING})
-    check_settings()
-    tokenizer = CharTokenizer(metadata["vocab"])
-    model = GPT(tokenizer.vocab_size)
-    model.update(unpack(MODEL, arrays, model.parameters()))
+def fill(model, weights):
+    """Puts a tree of weights into the model. Raises Refusal if they are those of another one."""
     try:
-        ids = tokenizer.encode(prompt)
+        model.load_weights(tree_flatten(weights))
     except ValueError as error:
-        stop(error)
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # let `train.py --sample | head` end quietly
-    print(prompt, end="", flush=True)
-    write(model, tokenizer, ids)
+        raise Refusal(f"{MODEL} does not fit this script: {error}") from None
 
 
-def loss_on_streams(streams, model, x, y):
-    """What loss_fn gives, computed by streams that share the rows of the batch equally.
+def load_model(prompt):
+    """The best saved model, its tokenizer and the prompt in tokens. Its settings now hold."""
+    weights, _, _, notes = load(MODEL)
+    globals().update({name: notes[name] for name in SETTINGS if name not in (*FREE, "seed")})
+    check(globals())
+    tokenizer = CharTokenizer(notes["vocab"])
+    model = GPT(tokenizer.vocab_size)
+    fill(model, weights)
+    if unknown := set(prompt) - set(tokenizer.vocab):
+        raise Refusal(f"the character {min(unknown)!r} is not one of the known {notes['vocab']!r}")
+    return model, tokenizer, tokenizer.encode(prompt or start_of_line(tokenizer))
+
+
+def agree(thing):
+    """Raises Refusal unless all processes that train together bring the same thing."""
+    number = int(hashlib.sha256(repr(thing).encode()).hexdigest()[:7], 16)
+    if len(set(mx.distributed.all_gather(mx.array([number])).tolist())) > 1:
+        raise Refusal(f"the processes differ: constants, input.txt and {MODEL} must be the same")
+
+
+def shared_loss(streams, model, x, y):
+    """loss_fn for this process's share of the rows, which is spread evenly over its streams.
 
     MLX does the work of a stream on one processor core, so two streams keep two cores busy.
     """
-    losses = []
+    world, losses = mx.distributed.init(), []
+    for _ in range(world.rank()):
+        mx.random.uniform()  # moves chance on, so that each process has dropout of its own
     for i, stream in enumerate(streams):
         with mx.stream(stream):
-            losses.append(loss_fn(model, x[i :: len(streams)], y[i :: len(streams)]))
+            rows = slice(world.rank() + i * world.size(), None, world.size() * len(streams))
+            losses.append(loss_fn(model, x[rows], y[rows]))
     return sum(losses) / len(streams)
 
 
-def draw_curve(name, losses):
-    """Prints losses, at least one, as a row of blocks, the lowest loss as the lowest block."""
-    low, high = min(losses), max(losses)
-    blocks = "".join("▁▂▃▄▅▆▇█"[round(7 * (v - low) / (high - low or 1))] for v in losses)
-    print(f"{name:>5} {losses[0]:.4f} {blocks} {losses[-1]:.4f}")
+def say(line, passing=False):
+    """Prints a line. In a terminal it takes the place of a passing one."""
+    terminal = sys.stdout.isatty()
+    print("\r\033[K" * terminal + line, end="" if passing and terminal else "\n", flush=True)
+
+
+def clock(seconds):
+    """Minutes and seconds, as 1:05."""
+    return f"{round(seconds) // 60}:{round(seconds) % 60:02}"
+
+
+def make_watch(done, steps):
+    """A watch for train(), after `done` steps, with `steps` an epoch: progress, and Refusal at nan.
+
+    Its attribute pace is the seconds that a step takes.
+    """
+    first, started, pause = done + 1, time.perf_counter(), 1 if sys.stdout.isatty() else 30
+    interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # it would reach the compiler, too
+
+    def watch(loss):
+        nonlocal done, started
+        done += 1
+        now = time.perf_counter()
+        if done == first:
+            mx.eval(loss)  # now all is compiled
+            signal.signal(signal.SIGINT, interrupt)
+            started = watch.spoken = time.perf_counter()
+            watch.pace = started - now
+        elif done % 200 == 0 or done % steps == 0 or now - watch.spoken > pause:
+            epoch, step = divmod(done - 1, steps)
+            value, place = loss.item(), f"epoch {epoch}, step {step + 1} of {steps}"
+            if not math.isfinite(value):
+                raise Refusal(f"the loss is {value} in {place}: lower lr, weight_decay or betas")
+            watch.spoken = time.perf_counter()  # after .item(), which waits for the device
+            watch.pace = (watch.spoken - started) / (done - first)
+            left = clock(watch.pace * (num_epochs * steps - done))
+            then = ", validating" if step + 1 == steps else ""
+            say(f"{place}, loss {value:.2f}, {left} left{then}", passing=True)
+
+    return watch
+
+
+def start_of_line(tokenizer):
+    """What to continue where no prompt is given: a newline, if the text has any."""
+    return min(tokenizer.vocab, key=lambda char: char != "\n")
+
+
+def write(model, tokenizer, tokens, length, show=lambda char: None):
+    """A continuation of tokens, always the same for one seed. show gets each character of it."""
+    mx.random.seed(seed)
+    text = ""
+    for token in model.generate(tokens, length, temperature, top_k):
+        text += tokenizer.decode([token])
+        show(text[-1])
+    return text
+
+
+def sample_from_file(prompt):
+    """Streams the prompt and its continuation by the saved model; returns the continuation."""
+    saved, show = load_model(prompt), partial(print, end="", flush=True)
+    show(prompt)
+    text = write(*saved, max_new_tokens, show)
+    print()
+    return text
+
+
+def draw_curves(history):
+    """Prints train and validation losses as two rows of blocks on one scale."""
+    low, high = min(map(min, history)), max(map(max, history))
+    for name, losses in zip(("train", "val"), zip(*history)):
+        row = "".join(BLOCKS[1 + round(7 * (v - low) / (high - low or 1))] for v in losses)
+        print(f"{name:>5} {losses[0]:.4f} {row} {losses[-1]:.4f}")
+
+
+def look(prompt):
+    """Draws what the prompt's last character looks at, what may come next, and what is alike."""
+    model, tokenizer, tokens = load_model(prompt)
+    if len(tokens) > ctx_len:
+        raise Refusal(f"the prompt has {len(tokens)} characters, more than ctx_len = {ctx_len}")
+    model.eval()
+    tokens = mx.array([tokens])  # (1, T)
+    x = model.wte(tokens) + model.wpe(mx.arange(tokens.size))
+    print(" " * 17 + tokenizer.decode(tokens[0].tolist()).translate(ONE_LINE))
+    for i, block in enumerate(model.blocks):
+        q, k, _ = block.mha.qkv(block.ln_1(x))
+        for head, row in enumerate(block.mha.weights(q, k)[0, :, -1].tolist()):
+            print(f"block {i}, head {head:<4}" + "".join(BLOCKS[round(8 * v)] for v in row))
+        x = block(x)
+    p = mx.softmax(model(tokens)[0, -1])  # (vocab_size,)
+    for token in mx.argsort(-p)[:8].tolist():
+        char, share = tokenizer.decode([token]).translate(ONE_LINE), p[token].item()
+        print(f"next             {char} {share:.2f} {'█' * round(50 * share)}")
+    rows = model.wte.weight - model.wte.weight.mean(axis=0)  # (vocab_size, n_emb)
+    rows = rows / mx.linalg.norm(rows, axis=1, keepdims=True)
+    for token in sorted(set(tokens[0].tolist())):
+        alike = tokenizer.decode(mx.argsort(-(rows @ rows[token]))[:6].tolist())
+        print("alike in wte     " + " ".join(alike.translate(ONE_LINE)))
 
 
 # ---------------------------------------------------------------------------------------------
-# 13. The run
+# 12. The run
 #
 # All of it put together: the text to tokens, a new model, the training, and some text at the end.
 
 
-def train_and_write(resuming):
-    """The whole run: reads input.txt, trains, saves after each epoch, and writes some text."""
-    world = mx.distributed.init()
-    if world.rank() > 0:  # of several processes only the first talks, and hears Ctrl-C
-        sys.stdout = open(os.devnull, "w")
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if mx.default_device() == mx.cpu:
-        print(f"MLX finds no GPU here, so this is the small model: ctx_len {ctx_len}, n_emb "
-              f"{n_emb}, n_layers {n_layers}, batch_size {batch_size}, num_epochs {num_epochs}.")
-        # Look less far ahead for work than MLX would, which keeps fewer results waiting.
-        os.environ.setdefault("MLX_BFS_MAX_WIDTH", "8")
-    check_settings()
-    if batch_size % world.size():
-        if world.rank() > 0:
-            raise SystemExit  # saying it once is enough
-        stop(f"batch_size = {batch_size} must be a multiple of the {world.size()} processes")
-    tokenizer, tokens = load_tokens()
-    tempfile.TemporaryFile(dir=".").close()  # better to fail now than after the first epoch
+def prepare(resuming):
+    """What a run needs before its first step. Raises Refusal or OSError if it cannot be had."""
+    settings, n_processes = check(globals()), mx.distributed.init().size()
+    if batch_size % n_processes:
+        raise Refusal(f"batch_size = {batch_size} must be a multiple of {n_processes} processes")
+    try:
+        text = load_text()
+    except UnicodeDecodeError as error:
+        raise Refusal(f"input.txt is not UTF-8 text: it goes wrong at byte {error.start}") from None
+    # A batch of rows and one row more to train on, and one row to validate with.
+    needed = max(-(-(batch_size + 1) * ctx_len * 10 // 9), 10 * ctx_len + 1)
+    tokenizer = CharTokenizer(text)
+    if len(text) < needed or tokenizer.vocab_size < 2:
+        raise Refusal(f"input.txt has {len(text)} characters, {tokenizer.vocab_size} different: "
+                      f"these settings need at least {needed}, and 2 different ones")
+    tempfile.TemporaryFile(dir=".").close()  # better to fail now than after the training
+    for name in filter(os.path.exists, (MODEL, FORMER, WRITTEN)):
+        open(name, "ab").close()
 
-    train_tokens, val_tokens = split(tokens)
+    tokens = np.array(tokenizer.encode(text), dtype=np.int32)
     mx.random.seed(seed)
     model = GPT(tokenizer.vocab_size)
-    steps_per_epoch = count_batches(train_tokens, batch_size)
-    optimizer = make_optimizer(num_epochs * steps_per_epoch)
+    optimizer = make_optimizer(num_epochs * count_batches(split(tokens)[0], batch_size))
     optimizer.init(model.trainable_parameters())
-    history = resume(model, optimizer, tokenizer, steps_per_epoch) if resuming else []
-    n_parameters = sum(weight.size for _, weight in tree_flatten(model.parameters()))
-    print(f"{len(tokens):,} characters, {tokenizer.vocab_size} different ones; "
-          f"{n_parameters:,} parameters", flush=True)
+    best, notes = model.parameters(), {**settings, "vocab": "".join(tokenizer.vocab), "history": [],
+                                       "text": hashlib.sha256(text.encode()).hexdigest()}
+    if resuming:
+        best, last, optimizer.state, saved = load(MODEL)
+        if differing := changes(saved, notes, [n for n in (*SETTINGS, "text") if n not in FREE]):
+            raise Refusal(f"{MODEL} is of another run: {', '.join(differing)}")
+        if len(saved["history"]) >= num_epochs:
+            raise Refusal(f"the run in {MODEL} is finished: a larger num_epochs goes on with it")
+        fill(model, last)
+        notes["history"] = saved["history"]
+    return tokenizer, tokens, model, best, optimizer, notes
 
-    loss = loss_fn
-    if mx.default_device() == mx.cpu and batch_size // world.size() % 2 == 0:  # use two cores
-        loss = partial(loss_on_streams, [mx.new_stream(mx.cpu), mx.new_stream(mx.cpu)])
-    started, first_epoch = time.perf_counter(), len(history)
+
+def compare(notes):
+    """Says what a run changed against the former one, if that is there and had the same text."""
     try:
-        for epoch, *losses in train(model, optimizer, train_tokens, val_tokens, first_epoch, loss):
-            history.append(losses)
-            seconds = (time.perf_counter() - started) / (epoch + 1 - first_epoch)
-            left = round(seconds * (num_epochs - epoch - 1))
-            print("\r\033[K" * sys.stdout.isatty() + f"Epoch {epoch} | train = {losses[0]:.4f} | "
-                  f"val = {losses[1]:.4f} | {len(train_tokens) / seconds:,.0f} characters/s | "
-                  f"{left // 60}:{left % 60:02} left", flush=True)
-            if world.rank() == 0:
-                if losses[1] == min(val for _, val in history):
-                    save(MODEL, model.parameters(), tokenizer, history)
-                tree = {"model": model.parameters(), "optimizer": optimizer.state}
-                save(CHECKPOINT, tree, tokenizer, history)
-    except KeyboardInterrupt:
-        saved = f"Epochs 0 to {len(history) - 1} are saved: --resume goes on from there"
-        stop(f"stopped. {saved if history else 'No epoch was finished, nothing is saved'}", 130)
+        former = load(FORMER)[3]
+    except Refusal:
+        return
+    if former["text"] == notes["text"]:
+        old, new = (min(val for _, val in run["history"]) for run in (former, notes))
+        changed = [*changes(former, notes, SETTINGS), f"best val {old:.4f} to {new:.4f}"]
+        print(f"Since {FORMER}: {', '.join(changed)}")
 
-    for name, losses in zip(("train", "val"), zip(*history)):
-        draw_curve(name, losses)
-    if world.rank() == 0:
-        newline = tokenizer.encode("\n" if "\n" in tokenizer.vocab else tokenizer.vocab[0])
-        Path("completions.txt").write_text(write(model, tokenizer, newline), encoding="utf-8")
+
+def train_and_write(resuming):
+    """The whole run: reads input.txt, trains, saves after each epoch, and writes some text."""
+    try:
+        tokenizer, tokens, model, best, optimizer, notes = prepare(resuming)
+        agree(notes)
+    except (Refusal, OSError) as problem:
+        agree(problem)  # the other processes wait for this one
+        raise
+    (train_tokens, val_tokens), history = split(tokens), notes["history"]
+    steps, done = count_batches(train_tokens, batch_size), len(history)
+    world, streams = mx.distributed.init(), [mx.default_stream(mx.default_device())]
+    if mx.default_device() == mx.cpu and batch_size // world.size() % 2 == 0:  # use two cores
+        streams = [mx.new_stream(mx.cpu), mx.new_stream(mx.cpu)]
+    watch = make_watch(done * steps, steps)
+
+    def report(line):
+        text = write(model, tokenizer, tokenizer.encode(start_of_line(tokenizer)), 70)
+        say(f"{line}\n          {text.translate(ONE_LINE)}")
+
+    n_parameters = sum(weight.size for _, weight in tree_flatten(model.parameters()))
+    say(f"{'The small model' if small else 'The model'}: ctx_len {ctx_len}, n_emb {n_emb}, n_heads "
+        f"{n_heads}, n_layers {n_layers}, {n_parameters:,} parameters\n"
+        f"The text: {len(tokens):,} characters, {tokenizer.vocab_size} different ones")
+    if not resuming:
+        loss = evaluate(model, val_tokens[: 100 * ctx_len])  # a piece will do, and is quick
+        report(f"Untrained | val = {loss:.4f} | blind guessing costs ln {tokenizer.vocab_size} = "
+               f"{math.log(tokenizer.vocab_size):.4f}")
+    say("Compiling the training step: the first time this can take a minute", passing=True)
+    try:
+        for epoch, *losses in train(model, optimizer, train_tokens, val_tokens, done,
+                                    partial(shared_loss, streams), watch):
+            if not math.isfinite(sum(losses)):
+                raise Refusal(f"the validation loss is {losses[1]} after epoch {epoch}: lower lr")
+            notes["history"] = [*history, losses]
+            if losses[1] == min(val for _, val in notes["history"]):
+                best = model.parameters()
+            if world.rank() == 0:
+                save(best, model, optimizer, notes)
+            history = notes["history"]  # that of the file
+            report(f"Epoch {epoch} | train = {losses[0]:.4f} | val = {losses[1]:.4f} | "
+                   f"{batch_size * ctx_len / watch.pace:,.0f} characters/s | "
+                   f"{clock(watch.pace * steps * (num_epochs - epoch - 1))} left | "
+                   f"as unsure as between {math.exp(losses[1]):.1f} letters")
+    except KeyboardInterrupt:
+        kept = f"{MODEL} holds epochs 0 to {len(history) - 1}: --resume goes on from there"
+        raise KeyboardInterrupt(f"stopped. {kept if history else 'Nothing is saved yet'}") from None
+    if world.rank() > 0:
+        return
+    draw_curves(history)
+    compare(notes)
+    print(f"{MODEL} holds the run. Its best weights now write {WRITTEN}. For more of it:\n"
+          'python train.py --sample "Once", or --look "Once"\n')
+    text = sample_from_file("")
+    replace(WRITTEN, lambda name: Path(name).write_text(text, encoding="utf-8"))
 
 
 def main():
     parser = argparse.ArgumentParser(description="Train GPT-2 on input.txt and let it write. "
                                      "All settings are constants at the top of train.py.")
     group = parser.add_mutually_exclusive_group()
-    group.add_argument("--resume", action="store_true", help=f"go on with the run in {CHECKPOINT}")
-    group.add_argument("--sample", metavar="PROMPT", nargs="?", const="\n",
-                       help=f"continue PROMPT, or a new line, with the model in {MODEL}")
-    arguments = parser.parse_args()
+    group.add_argument("--resume", action="store_true", help=f"go on with the run in {MODEL}")
+    group.add_argument("--sample", metavar="PROMPT", nargs="?", const="",
+                       help=f"continue PROMPT, or begin a line, with the best weights in {MODEL}")
+    group.add_argument("--look", metavar="PROMPT", help="what they look at, and expect next")
+    words = sys.argv[1:]
+    words = ["=".join(words)] if len(words) == 2 else words  # so PROMPT may begin with a dash
+    arguments, rank = parser.parse_args(words), mx.distributed.init().rank()
+    if rank > 0:  # of several processes only the first talks, and hears Ctrl-C
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if rank > 0 or sys.stdout is None:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
     sys.stdout.reconfigure(errors="replace")  # for terminals that cannot show every character
     try:
-        if arguments.sample is None:
-            train_and_write(arguments.resume)
+        if arguments.look is not None:
+            look(arguments.look)
+        elif arguments.sample is not None:
+            sample_from_file(arguments.sample)
         else:
-            sample_from_file(arguments.sample or "\n")
-    except FloatingPointError as error:
-        stop(f"{error}: lower lr = {lr}")
-    except OSError as error:
-        stop(f"cannot use {error.filename}: {error.strerror}")
-    except KeyboardInterrupt:  # while writing; in training it is met above
-        stop("stopped", 130)
+            train_and_write(arguments.resume)
+        return
+    except BrokenPipeError:  # nobody reads on
+        line, status = "", 2
+    except (Refusal, OSError) as error:
+        line, status = f"train.py: {error}\n", 2
+    except KeyboardInterrupt as error:
+        line, status = f"train.py: {error or 'stopped'}\n", 130
+    except RuntimeError as error:
+        folder = os.path.join(tempfile.gettempdir(), "mlx")
+        if folder not in str(error):
+            raise
+        line, status = (f"train.py: MLX cannot use what it compiles in {folder}: delete that, or "
+                        "set MLX_DISABLE_COMPILE=1\n"), 2
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left unsaid stays so
+    if rank == 0:
+        print(line, end="", file=sys.stderr)
+        raise SystemExit(status)
 
 
 if __name__ == "__main__":

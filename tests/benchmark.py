@@ -6,6 +6,7 @@ from the median of each one's turns. Every turn in training is `STEPS` steps.
 """
 
 import ast
+import io
 import os
 import re
 import statistics
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -20,6 +22,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
+from mlx.utils import tree_flatten
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -28,7 +31,8 @@ import train  # noqa: E402
 
 SOURCE = (ROOT / "train.py").read_text(encoding="utf-8")
 DEFAULTS = {name: ast.literal_eval(value) for name, value in
-            re.findall(r"^(\w+) = ([^#\n]+?) +# ", SOURCE.split("# 2. Data\n")[0], re.M)}
+            re.findall(r"^(\w+) = (?:\S+ if small else )?([^#\n]+?) +# ",
+                       SOURCE.split("# The model.\n")[1].split("# 2. Data\n")[0], re.M)}
 STEPS = 20 if mx.default_device() == mx.gpu else 2
 
 
@@ -47,10 +51,11 @@ def ours(tokens, compiled=True):
     mx.random.seed(0)
     model, optimizer = train.GPT(65), train.make_optimizer(10**9)
     optimizer.init(model.trainable_parameters())
-    loss = train.loss_fn
+    streams = [mx.default_stream(mx.default_device())]
     if mx.default_device() == mx.cpu:  # as a run of train.py does
-        loss = partial(train.loss_on_streams, [mx.new_stream(mx.cpu), mx.new_stream(mx.cpu)])
-    epochs = train.train(model, optimizer, tokens, tokens, loss_fn=loss)
+        streams = [mx.new_stream(mx.cpu), mx.new_stream(mx.cpu)]
+    epochs = train.train(model, optimizer, tokens, tokens,
+                         loss_fn=partial(train.shared_loss, streams))
 
     def turn():
         (mx.enable_compile if compiled else mx.disable_compile)()
@@ -162,19 +167,18 @@ def sampling():
     return {"with the key/value cache": with_cache, "the whole window each time": without_cache}
 
 
-def peak_memory(variant, **environment):
+def peak_memory(variant):
     """MiB in a fresh process, at most, by MLX's own account."""
     code = (f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r})\n"
             "from benchmark import *\n"
             f"turn = {variant}; turn(); turn()\n"
             "print(mx.get_peak_memory() / 2**20)")
-    return float(subprocess.check_output([sys.executable, "-c", code], text=True,
-                                         env={**os.environ, **environment}))
+    return float(subprocess.check_output([sys.executable, "-c", code], text=True))
 
 
 def seconds_to_first_step():
     """From the start of python to the call of the first training step, with our input.txt."""
-    call = "            losses.append(step("
+    call = "            loss = step("
     assert SOURCE.count(call) == 1
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "train.py").write_text(
@@ -189,6 +193,30 @@ def seconds_to_first_step():
     return statistics.median(times)
 
 
+VIEWS = {"Transpose", "Reshape", "Squeeze", "Unflatten", "Flatten", "ExpandDims", "Broadcast", "Split"}
+
+
+def operations():
+    """How many operations a compiled step has, from MLX's own graph, without mere views of memory."""
+    mx.enable_compile()
+    mx.random.seed(0)
+    model, optimizer = train.GPT(65), train.make_optimizer(10**9)
+    optimizer.init(model.trainable_parameters())
+    graphs, begin = [], mx.async_eval
+
+    def note(loss, state):
+        graph = io.StringIO()
+        mx.export_to_dot(graph, loss, *(array for _, array in tree_flatten(state)))
+        graphs.append(re.findall(r'label ="(\w+)[^"]*", shape=rectangle', graph.getvalue()))
+        begin(loss, state)
+
+    mx.async_eval = note
+    next(train.train(model, optimizer, np.arange(10**5) % 65, np.arange(10**4) % 65))
+    mx.async_eval = begin
+    kinds = Counter(re.sub("Compiled.*", "Compiled", name) for name in graphs[-1])
+    return Counter({name: n for name, n in kinds.items() if name not in VIEWS})
+
+
 def show(title, rows, digits, better, baseline):
     print(f"\n{title}")
     for name, value in rows.items():
@@ -198,8 +226,6 @@ def show(title, rows, digits, better, baseline):
 
 def main():
     seconds = float(sys.argv[1]) if len(sys.argv) > 1 else 60
-    if mx.default_device() == mx.cpu:
-        os.environ["MLX_BFS_MAX_WIDTH"] = "8"  # as a run of train.py does
     tokens = prepare()
     print(f"MLX {mx.__version__}, {mx.default_device()}: the default model, batches of "
           f"{train.batch_size} x {train.ctx_len} characters")
@@ -213,12 +239,15 @@ def main():
     show("Peak memory in training, MiB",
          {"train.py": peak_memory("ours(prepare())"),
           "train.py, not compiled": peak_memory("ours(prepare(), compiled=False)"),
-          plain: peak_memory("article(prepare())", MLX_BFS_MAX_WIDTH="20")}, 0, "less", plain)
+          plain: peak_memory("article(prepare())")}, 0, "less", plain)
     turns = sampling()
     times = race(turns, seconds / 4)
     cached, whole = turns
     show("Sampling, characters a second",
          {cached: train.ctx_len // 2 / times[cached], whole: 1 / times[whole]}, 0, "more", whole)
+    kinds = operations()
+    print(f"\nOperations in a compiled step: {sum(kinds.values())}, of which " +
+          ", ".join(f"{n} {name}" for name, n in kinds.most_common(8)))
     print(f"\nFrom start to first training step: {seconds_to_first_step():.2f} s")
 
 
