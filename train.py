@@ -14,10 +14,10 @@ Read it from the top: each section needs only what stands above it.
 
 Then change something and run it again.
 
-GPT-2 is a network that reads a text and says which character may come next. We measure it by its
-loss on text that it has never seen, and lower is better. Guessing blindly costs 4.17. The default
-model reaches 1.25 on the shipped input.txt, and the small one, which is trained where there is no
-GPU, 1.55. On Tiny Shakespeare, a text that others measure with, they reach 1.49 and 1.78.
+GPT-2 is a network that reads a text and says what may come next, here which character. We measure
+it by its loss on text that it has never seen, and lower is better. Guessing blindly costs 4.17.
+The default model reaches 1.25 on the shipped input.txt, and the small one, which is trained where
+there is no GPU, 1.55. On Tiny Shakespeare, which others measure with, it is 1.49 and 1.78.
 """
 
 # /// script
@@ -116,7 +116,6 @@ class CharTokenizer:
     def __init__(self, text):
         self.vocab = sorted(set(text))
         self.vocab_size = len(self.vocab)
-        self._char_of = dict(enumerate(self.vocab))
         self._token_of = {char: token for token, char in enumerate(self.vocab)}
 
     def encode(self, text):
@@ -129,7 +128,7 @@ class CharTokenizer:
 
     def decode(self, tokens):
         """Tokens, any iterable of ints, to a string."""
-        return "".join(self._char_of[token] for token in tokens)
+        return "".join(self.vocab[token] for token in tokens)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -201,8 +200,8 @@ def get_batches(tokens, batch_size, shuffle):
 # How low can it go? Much can be had by counting. Whoever knows how often each character occurs in
 # the training text pays 3.24 on the last tenth of the shipped text. Counting pairs of characters
 # brings that to 2.36, three together to 1.83, four to 1.51, and seven to 1.33. (What was never
-# seen is judged by its shorter ends, so nothing has probability 0.) There it stops, as most longer
-# pieces of a new text were never seen. The small model, in five minutes, comes to 1.55, and the
+# seen is judged by its shorter ends, so nothing has probability 0.) There it stops: of all pieces
+# of nine characters, half are new. The small model, in five minutes, comes to 1.55, and the
 # default one to 1.25.
 
 
@@ -242,8 +241,8 @@ def loss_fn(model, x, y):
 # 6. Attention
 #
 # Inside the model, each character of a row is a vector, that is a list of n_emb numbers which
-# describe it. Section 8 tells where they come from. To guess what comes next, a position has to
-# take in what stands before it. How can a vector hold a summary of others?
+# describe it. They are learnt; for now take them as given. To guess what comes next, a position
+# has to take in what stands before it. How can a vector hold a summary of others?
 #
 # The simplest way is the average of all vectors up to its own. For three positions these weights
 # give that, a row for each position that looks, a column for each that it looks at:
@@ -308,7 +307,8 @@ def loss_fn(model, x, y):
 #
 # Why several heads? One head makes one average, so it looks for one kind of thing. n_heads of them
 # look for several kinds, each with its own queries, keys and values of head_size = n_emb / n_heads
-# numbers, so that all together cost what one large head would. What they find is put side by side:
+# numbers, so that all together have as many parameters as one large head. What they find is put
+# side by side:
 #
 #     out = np.concatenate([head(x) for head in heads], axis=-1)    # (T, n_emb)
 #
@@ -392,8 +392,8 @@ class MultiHeadAttention(nn.Module):
 # Attention moves information between positions. The MLP ("multi-layer perceptron") then works on
 # what has arrived, at each position by itself. It is two matrices with a function between them.
 # Without the function they could do no more than one matrix, as (x @ M) @ N = x @ (M @ N). In
-# GPT-2 it is GELU: x times the probability that a number drawn from the normal distribution is
-# below x.
+# GPT-2 it is GELU: x times the probability that a number drawn from the standard normal
+# distribution is below x.
 #
 #     x           -3       -1       0        1        3
 #     gelu(x)     -0.004   -0.159   0        0.841    2.996
@@ -434,8 +434,8 @@ class MLP(nn.Module):
 # LayerNorm keeps the numbers at a size with which the layers work well. It takes each vector by
 # itself, shifts and scales its n_emb numbers to mean 0 and variance 1, then multiplies each by a
 # learnt gain and adds a learnt bias. (1, 2, 6), for example, becomes (-0.93, -0.46, 1.39) before
-# gain and bias. No other position and no other row of the batch plays a part. It stands before
-# attention and MLP, beside the straight path and not in it, as in GPT-2.
+# gain and bias. No other position and no other row of the batch plays a part. In a block it stands
+# before attention and MLP, beside the straight path and not in it, as in GPT-2.
 # (Ba et al., Layer Normalization, 2016)
 
 
@@ -460,7 +460,8 @@ class Block(nn.Module):
 # How does a character become a vector? A token is only a name: 43 is not more than 18. So the
 # model keeps a table, an embedding, with a row of n_emb numbers for every token, and looks the row
 # up. The rows start at random and are learnt. Characters that behave alike get similar rows: in
-# the trained model, `--look` shows it, vowels are neighbours. GPT-2 calls this table wte.
+# the trained small model most letters have their capital as the nearest neighbour. GPT-2 calls
+# this table wte.
 #
 # The vector must also say where the character stands. Attention adds up what it finds, and a sum
 # has no order. The "a" of "tea" would see what the "a" of "eta" sees, and one attention layer
@@ -495,17 +496,17 @@ class Block(nn.Module):
 
 
 def initial(name, weight):
-    """The value with which a parameter starts in GPT-2, given its name and an array of its shape.
+    """The value with which a parameter starts, given its name and an array of its shape.
 
-    Biases are 0 and gains 1. Matrices are random, as equal numbers would get equal gradients and
-    stay equal, and small, so that all logits are close to 0 and no character is preferred: the
-    first loss must be close to ln 65, or something is wrong.
+    Much as in GPT-2, biases are 0 and gains 1. Matrices are random, as equal numbers would get
+    equal gradients and stay equal, and small, so that all logits are close to 0 and no character
+    is preferred: the first loss must be close to ln 65, or something is wrong.
     """
     if weight.ndim == 1:
         return mx.zeros_like(weight) if name.endswith("bias") else mx.ones_like(weight)
     # Each block adds two things to x, the outputs of its c_proj layers. A sum of N independent
-    # numbers is typically sqrt(N) times as large as one of them. Dividing by that keeps x the same
-    # size for any number of blocks.
+    # numbers of mean 0 is typically sqrt(N) times as large as one of them. Dividing by that keeps
+    # x the same size for any number of blocks.
     std = 0.02 / math.sqrt(2 * n_layers) if name.endswith("c_proj.weight") else 0.02
     return mx.random.normal(weight.shape, scale=std)
 
@@ -567,16 +568,35 @@ def make_optimizer(total_steps):
     def learning_rate(step):
         # It rises in warmup_steps, while m and v still rest on few gradients, and it falls to 0
         # over the whole run.
-        return lr * mx.minimum(1, (step + 1) / max(1, warmup_steps)) * (1 - step / total_steps)
+        rise, fall = (step + 1) / max(1, warmup_steps), 1 - step / total_steps
+        return lr * mx.minimum(1, rise) * mx.maximum(0, fall)
 
     def decays(name, weight):
-        # The custom is to let only the matrices of linear layers decay: not biases and gains, for
-        # which 0 means nothing special, and not the tables wte and wpe. With the small model it
-        # lowers the loss by about 0.01, which is less than two seeds differ.
+        # Only the matrices of linear layers decay: a smaller bias or gain makes no simpler model.
+        # Nor do the tables wte and wpe. (nanoGPT lets them. With the small model it matters less
+        # than another seed.)
         return weight.ndim == 2 and not name.startswith(("wte", "wpe"))
 
     adamw = partial(optim.AdamW, learning_rate, list(betas), bias_correction=True)
     return optim.MultiOptimizer([adamw(weight_decay=weight_decay), adamw(weight_decay=0)], [decays])
+
+
+# Three things about MLX.
+#
+# It is lazy. `a + b` only notes what is to be computed. The work is done when a value is asked
+# for, by .item() or print, or when mx.eval demands it. A training loop that never asked would only
+# make ever longer notes. mx.async_eval starts the work and does not wait for its end, so that
+# Python prepares the next batch meanwhile.
+#
+# It transforms functions. nn.value_and_grad makes of loss_fn a new function, which returns the
+# loss and its gradients, in a tree like that of the parameters.
+#
+# It compiles. mx.compile runs the Python of a function once, records the operations, and from then
+# on runs only the recording, with many small operations joined into one. Tell it what else the
+# function reads and changes, as inputs and outputs: here the parameters, all that the optimizer
+# keeps, and the state of the random numbers. Everything else is frozen as it was at the first
+# call: a print in the function prints once, and dropout, which is on then, stays on. While you
+# experiment with the step, take the decorator away.
 
 
 def evaluate(model, tokens):
@@ -589,30 +609,12 @@ def evaluate(model, tokens):
     return total / count
 
 
-# Three things about MLX.
-#
-# It is lazy. `a + b` only notes what is to be computed. The work is done when a value is asked
-# for, by .item() or print, or when mx.eval demands it. A training loop that never asked would only
-# make ever longer notes. mx.async_eval has the work begun without waiting for its end, so that
-# Python prepares the next batch meanwhile.
-#
-# It transforms functions. nn.value_and_grad makes of loss_fn a new function, which returns the
-# loss and its gradients, in a tree like that of the parameters.
-#
-# It compiles. mx.compile runs the Python of a function once, records the operations, and from then
-# on runs only the recording, with many small operations joined into one. It must be told what else
-# the function reads and changes, as inputs and outputs: here the parameters, all that the
-# optimizer keeps, and the state of the random numbers. Everything else is frozen as it was at the
-# first call: a print in the function prints once, and dropout, which is on then, stays on. While
-# you experiment with the step, take the decorator away.
-
-
 def train(model, optimizer, train_tokens, val_tokens, first_epoch=0, loss_fn=loss_fn,
           watch=lambda loss: None):
     """Trains model in place; yields (epoch, train loss, validation loss) after each epoch.
 
-    Both losses are measured alike, at the end of the epoch and without dropout. loss_fn may be
-    another function with the same arguments; watch is called with the loss of each step.
+    Both losses are measured alike, on as much text, after the epoch and without dropout. loss_fn
+    may be another function with the same arguments; watch is called with the loss of each step.
     """
     loss_and_grad = nn.value_and_grad(model, loss_fn)
     state = [model.state, optimizer.state, mx.random.state]
@@ -620,7 +622,7 @@ def train(model, optimizer, train_tokens, val_tokens, first_epoch=0, loss_fn=los
     @partial(mx.compile, inputs=state, outputs=state)
     def step(x, y):
         loss, grads = loss_and_grad(model, x, y)
-        grads = nn.average_gradients(grads)  # does nothing, unless several machines train together
+        grads = nn.average_gradients(grads)  # does nothing, unless several processes train together
         # All gradients together, taken as one long vector, are shortened to max_norm if they are
         # longer: m and v would remember one odd batch for a long time.
         grads, _ = optim.clip_grad_norm(grads, max_norm)
@@ -635,7 +637,7 @@ def train(model, optimizer, train_tokens, val_tokens, first_epoch=0, loss_fn=los
             loss = step(x, y)
             mx.async_eval(loss, state)
             watch(loss)
-        seen = train_tokens[: len(val_tokens) // 4]  # a piece will do
+        seen = train_tokens[: len(val_tokens)]
         yield epoch, evaluate(model, seen), evaluate(model, val_tokens)
 
 
@@ -674,10 +676,11 @@ def sample(logits, temperature=1.0, top_k=None):
     return candidates[choice].item()
 
 
-# The loop above computes everything anew for each character, although nearly all is as it was. A
-# position looks only at earlier ones. So nothing that is appended can change its vectors, in any
-# block, nor its key and value. Whoever keeps the keys and values needs to send only the new
-# character through the model: its query meets all the kept keys. This is the key/value cache.
+# The loop above computes everything anew for each character, although nearly all is as it was. As
+# the mask lets a position look only at earlier ones, nothing that is appended can change its
+# vectors, in any block, nor its key and value. If we keep the keys and values, only the new
+# character has to pass through the model: its query meets all the kept keys. This is the key/value
+# cache.
 #
 # It takes no change to the model. Of an attention layer we replace only the part that makes
 # queries, keys and values. weights() then finds T new queries and S keys, and gives causal_mask
@@ -685,7 +688,7 @@ def sample(logits, temperature=1.0, top_k=None):
 
 
 def remember(mha):
-    """From now on this attention layer adds to the keys and values of each call all former ones."""
+    """From now on this attention layer keeps its keys and values, and each call sees all kept."""
     new, kept = mha.qkv, []
 
     def qkv(x):
@@ -731,14 +734,12 @@ GPT.generate = generate  # so that model.generate(tokens, 100) works, too
 # model, shares the work, and says in one line what is wrong when something is.
 
 MODEL, FORMER, WRITTEN = "model.safetensors", "former.safetensors", "completions.txt"
-LIMITS = {  # for settings: what and how many they are, of which type, from where to below where
-    "ctx_len n_emb n_heads n_layers num_epochs batch_size max_new_tokens top_k":
-        ("a whole number", 1, int, 1, math.inf),
-    "warmup_steps seed": ("a whole number", 1, int, 0, 2**32),
-    "lr max_norm": ("a number", 1, float, 1e-30, math.inf),
-    "weight_decay temperature": ("a number", 1, float, 0, math.inf),
-    "dropout": ("a number", 1, float, 0, 1),
-    "betas": ("two numbers", 2, float, 0, 1),
+LIMITS = {  # of settings: the type, the least value, and what it must stay below
+    "ctx_len n_emb n_heads n_layers num_epochs batch_size max_new_tokens top_k": (int, 1, math.inf),
+    "warmup_steps seed": (int, 0, 2**32),
+    "lr max_norm": (float, 1e-30, math.inf),
+    "weight_decay temperature": (float, 0, math.inf),
+    "dropout betas": (float, 0, 1),
 }
 SETTINGS = " ".join(LIMITS).split()
 FREE = "num_epochs max_new_tokens temperature top_k".split()  # a resumed run may change these
@@ -751,13 +752,14 @@ class Refusal(Exception):
 
 def check(settings):
     """The settings, as a file keeps them. Raises Refusal at the first that cannot be used."""
-    for names, (what, count, kind, low, high) in LIMITS.items():
+    for names, (kind, low, high) in LIMITS.items():
         for name in names.split():
             value = settings[name]
-            numbers = value if type(value) in (tuple, list) else [value]
-            fine = [type(number) in (int, kind) and low <= number < high for number in numbers]
-            if len(fine) != count or not all(fine):
-                raise Refusal(f"{name} = {value!r} must be {what} from {low} to below {high}")
+            pair = name == "betas" and type(value) in (tuple, list) and len(value) == 2
+            numbers = value if pair else [None if name == "betas" else value]
+            if not all(type(v) in (int, kind) and low <= v < high for v in numbers):
+                what = "2 numbers" if name == "betas" else "a number" if kind is float else "whole"
+                raise Refusal(f"{name} = {value!r} must be {what}, at least {low} and below {high}")
     if settings["n_emb"] % settings["n_heads"]:
         raise Refusal("n_emb = {n_emb} must be a multiple of n_heads = {n_heads}"
                       .format(**settings))
@@ -807,8 +809,7 @@ def load(path):
         notes |= check(notes)
         assert list(notes["vocab"]) == sorted(set(notes["vocab"])) and type(notes["text"]) is str
         assert notes["history"] and all(math.isfinite(a + b) for a, b in notes["history"])
-        assert all(array.dtype in (mx.float32, mx.uint64) and mx.isfinite(array).all()
-                   for array in arrays.values())
+        assert all(mx.isfinite(array).all() for array in arrays.values())
         tree = tree_unflatten(list(arrays.items()))
         last, optimizer = tree.pop("last"), tree.pop("optimizer")
         return tree, last, optimizer, notes
@@ -818,14 +819,18 @@ def load(path):
 
 def fill(model, weights):
     """Puts a tree of weights into the model. Raises Refusal if they are those of another one."""
-    try:
-        model.load_weights(tree_flatten(weights))
-    except ValueError as error:
-        raise Refusal(f"{MODEL} does not fit this script: {error}") from None
+    wanted, found = ({name: (array.shape, array.dtype) for name, array in tree_flatten(tree)}
+                     for tree in (model.parameters(), weights))
+    if wanted != found:
+        raise Refusal(f"{MODEL} does not fit this script: one of them was changed")
+    model.update(weights)
 
 
 def load_model(prompt):
-    """The best saved model, its tokenizer and the prompt in tokens. Its settings now hold."""
+    """The best saved model, if it knows the prompt's characters, and its tokenizer.
+
+    The settings become those of its run, but for how to write.
+    """
     weights, _, _, notes = load(MODEL)
     globals().update({name: notes[name] for name in SETTINGS if name not in (*FREE, "seed")})
     check(globals())
@@ -834,7 +839,7 @@ def load_model(prompt):
     fill(model, weights)
     if unknown := set(prompt) - set(tokenizer.vocab):
         raise Refusal(f"the character {min(unknown)!r} is not one of the known {notes['vocab']!r}")
-    return model, tokenizer, tokenizer.encode(prompt or start_of_line(tokenizer))
+    return model, tokenizer
 
 
 def agree(thing):
@@ -875,42 +880,37 @@ def make_watch(done, steps):
 
     Its attribute pace is the seconds that a step takes.
     """
-    first, started, pause = done + 1, time.perf_counter(), 1 if sys.stdout.isatty() else 30
+    first, spoken, total = done + 1, time.perf_counter(), num_epochs * steps
     interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # it would reach the compiler, too
 
     def watch(loss):
-        nonlocal done, started
-        done += 1
-        now = time.perf_counter()
+        nonlocal done, spoken
+        done, now, pause = done + 1, time.perf_counter(), 1 if sys.stdout.isatty() else 30
         if done == first:
             mx.eval(loss)  # now all is compiled
             signal.signal(signal.SIGINT, interrupt)
-            started = watch.spoken = time.perf_counter()
-            watch.pace = started - now
-        elif done % 200 == 0 or done % steps == 0 or now - watch.spoken > pause:
-            epoch, step = divmod(done - 1, steps)
-            value, place = loss.item(), f"epoch {epoch}, step {step + 1} of {steps}"
+            watch.started = time.perf_counter()
+            watch.pace = watch.started - now
+        elif done % 200 == 0 or done % steps == 0 or now - spoken > pause:
+            place = f"epoch {(done - 1) // steps}, step {(done - 1) % steps + 1} of {steps}"
+            value, spoken = loss.item(), time.perf_counter()  # .item() waits for the device
             if not math.isfinite(value):
                 raise Refusal(f"the loss is {value} in {place}: lower lr, weight_decay or betas")
-            watch.spoken = time.perf_counter()  # after .item(), which waits for the device
-            watch.pace = (watch.spoken - started) / (done - first)
-            left = clock(watch.pace * (num_epochs * steps - done))
-            then = ", validating" if step + 1 == steps else ""
-            say(f"{place}, loss {value:.2f}, {left} left{then}", passing=True)
+            watch.pace = (spoken - watch.started) / (done - first)
+            speed = f"{batch_size * ctx_len / watch.pace:,.0f} characters/s"
+            left = clock(watch.pace * (total - done)) + " left"
+            then = ", validating" if done % steps == 0 else ""
+            say(f"{place}, loss {value:.2f}, {speed}, {left}{then}", passing=True)
 
     return watch
 
 
-def start_of_line(tokenizer):
-    """What to continue where no prompt is given: a newline, if the text has any."""
-    return min(tokenizer.vocab, key=lambda char: char != "\n")
-
-
-def write(model, tokenizer, tokens, length, show=lambda char: None):
-    """A continuation of tokens, always the same for one seed. show gets each character of it."""
+def write(model, tokenizer, prompt, length, show=lambda char: None):
+    """What continues the prompt, or a newline; one seed, one text. show gets each character."""
+    prompt = prompt or min(tokenizer.vocab, key=lambda char: char != "\n")  # if there is any
     mx.random.seed(seed)
     text = ""
-    for token in model.generate(tokens, length, temperature, top_k):
+    for token in model.generate(tokenizer.encode(prompt), length, temperature, top_k):
         text += tokenizer.decode([token])
         show(text[-1])
     return text
@@ -918,9 +918,9 @@ def write(model, tokenizer, tokens, length, show=lambda char: None):
 
 def sample_from_file(prompt):
     """Streams the prompt and its continuation by the saved model; returns the continuation."""
-    saved, show = load_model(prompt), partial(print, end="", flush=True)
+    (model, tokenizer), show = load_model(prompt), partial(print, end="", flush=True)
     show(prompt)
-    text = write(*saved, max_new_tokens, show)
+    text = write(model, tokenizer, prompt, max_new_tokens, show)
     print()
     return text
 
@@ -935,13 +935,13 @@ def draw_curves(history):
 
 def look(prompt):
     """Draws what the prompt's last character looks at, what may come next, and what is alike."""
-    model, tokenizer, tokens = load_model(prompt)
-    if len(tokens) > ctx_len:
-        raise Refusal(f"the prompt has {len(tokens)} characters, more than ctx_len = {ctx_len}")
+    model, tokenizer = load_model(prompt)
+    if not 0 < len(prompt) <= ctx_len:
+        raise Refusal(f"the prompt has {len(prompt)} characters; it must have 1 to {ctx_len}")
     model.eval()
-    tokens = mx.array([tokens])  # (1, T)
+    tokens = mx.array([tokenizer.encode(prompt)])  # (1, T)
     x = model.wte(tokens) + model.wpe(mx.arange(tokens.size))
-    print(" " * 17 + tokenizer.decode(tokens[0].tolist()).translate(ONE_LINE))
+    print(" " * 18 + prompt.translate(ONE_LINE))
     for i, block in enumerate(model.blocks):
         q, k, _ = block.mha.qkv(block.ln_1(x))
         for head, row in enumerate(block.mha.weights(q, k)[0, :, -1].tolist()):
@@ -950,12 +950,12 @@ def look(prompt):
     p = mx.softmax(model(tokens)[0, -1])  # (vocab_size,)
     for token in mx.argsort(-p)[:8].tolist():
         char, share = tokenizer.decode([token]).translate(ONE_LINE), p[token].item()
-        print(f"next             {char} {share:.2f} {'█' * round(50 * share)}")
+        print(f"likely next       {char} {share:.2f} {'█' * round(50 * share)}")
     rows = model.wte.weight - model.wte.weight.mean(axis=0)  # (vocab_size, n_emb)
     rows = rows / mx.linalg.norm(rows, axis=1, keepdims=True)
-    for token in sorted(set(tokens[0].tolist())):
+    for token in tokenizer.encode(sorted(set(prompt))):
         alike = tokenizer.decode(mx.argsort(-(rows @ rows[token]))[:6].tolist())
-        print("alike in wte     " + " ".join(alike.translate(ONE_LINE)))
+        print("alike in wte      " + " ".join(alike.translate(ONE_LINE)))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1029,8 +1029,7 @@ def train_and_write(resuming):
     watch = make_watch(done * steps, steps)
 
     def report(line):
-        text = write(model, tokenizer, tokenizer.encode(start_of_line(tokenizer)), 70)
-        say(f"{line}\n          {text.translate(ONE_LINE)}")
+        say(f"{line}\n          {write(model, tokenizer, '', 70).translate(ONE_LINE)}")
 
     n_parameters = sum(weight.size for _, weight in tree_flatten(model.parameters()))
     say(f"{'The small model' if small else 'The model'}: ctx_len {ctx_len}, n_emb {n_emb}, n_heads "
@@ -1040,7 +1039,7 @@ def train_and_write(resuming):
         loss = evaluate(model, val_tokens[: 100 * ctx_len])  # a piece will do, and is quick
         report(f"Untrained | val = {loss:.4f} | blind guessing costs ln {tokenizer.vocab_size} = "
                f"{math.log(tokenizer.vocab_size):.4f}")
-    say("Compiling the training step: the first time this can take a minute", passing=True)
+    say("Compiling the step, which can take a minute, and cannot be interrupted", passing=True)
     try:
         for epoch, *losses in train(model, optimizer, train_tokens, val_tokens, done,
                                     partial(shared_loss, streams), watch):
@@ -1064,9 +1063,9 @@ def train_and_write(resuming):
     draw_curves(history)
     compare(notes)
     print(f"{MODEL} holds the run. Its best weights now write {WRITTEN}. For more of it:\n"
-          'python train.py --sample "Once", or --look "Once"\n')
+          "python train.py --sample, or --look with some words of the text\n")
     text = sample_from_file("")
-    replace(WRITTEN, lambda name: Path(name).write_text(text, encoding="utf-8"))
+    replace(WRITTEN, lambda name: Path(name).write_bytes(text.encode()))
 
 
 def main():
@@ -1078,7 +1077,8 @@ def main():
                        help=f"continue PROMPT, or begin a line, with the best weights in {MODEL}")
     group.add_argument("--look", metavar="PROMPT", help="what they look at, and expect next")
     words = sys.argv[1:]
-    words = ["=".join(words)] if len(words) == 2 else words  # so PROMPT may begin with a dash
+    if words[:1] in (["--sample"], ["--look"]):
+        words = ["=".join(words)]  # so that PROMPT may begin with a dash
     arguments, rank = parser.parse_args(words), mx.distributed.init().rank()
     if rank > 0:  # of several processes only the first talks, and hears Ctrl-C
         signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -1092,23 +1092,18 @@ def main():
             sample_from_file(arguments.sample)
         else:
             train_and_write(arguments.resume)
-        return
-    except BrokenPipeError:  # nobody reads on
-        line, status = "", 2
-    except (Refusal, OSError) as error:
-        line, status = f"train.py: {error}\n", 2
-    except KeyboardInterrupt as error:
-        line, status = f"train.py: {error or 'stopped'}\n", 130
-    except RuntimeError as error:
-        folder = os.path.join(tempfile.gettempdir(), "mlx")
-        if folder not in str(error):
-            raise
-        line, status = (f"train.py: MLX cannot use what it compiles in {folder}: delete that, or "
-                        "set MLX_DISABLE_COMPILE=1\n"), 2
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left unsaid stays so
-    if rank == 0:
-        print(line, end="", file=sys.stderr)
-        raise SystemExit(status)
+    except (Refusal, OSError, KeyboardInterrupt, RuntimeError) as error:
+        problem, cache = error, os.path.join(tempfile.gettempdir(), "mlx")
+        if isinstance(error, RuntimeError):
+            if cache not in str(error):
+                raise
+            problem = f"MLX cannot use {cache}: delete it, or set MLX_DISABLE_COMPILE=1"
+        newline = "\n" * sys.stdout.isatty()  # after a passing line
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # it may be what is broken
+        if rank == 0 and not isinstance(error, BrokenPipeError):
+            print(f"{newline}train.py: {str(problem) or 'stopped'}", file=sys.stderr)
+        if rank == 0:
+            raise SystemExit(130 if isinstance(error, KeyboardInterrupt) else 2)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import train
-from conftest import ROOT
 
 
 def test_round_trip():
@@ -30,16 +29,13 @@ def test_unknown_character_is_named(unknown):
     with pytest.raises(ValueError) as error:
         tokenizer.encode("ab" + unknown + "cQ")
     assert repr(unknown) in str(error.value) and "Q" not in str(error.value)
+    assert "'abcde'" in str(error.value)  # and those that it knows
 
 
-def test_worked_numbers_of_the_shipped_text():
-    text = train.load_text(ROOT / "input.txt")
-    tokenizer = train.CharTokenizer(text)
-    assert len(text) == 1_198_193 and tokenizer.vocab_size == 65
-    assert tokenizer.encode("hello world") == [46, 43, 50, 50, 53, 1, 61, 53, 56, 50, 42]
-    assert text.startswith("First Citizen:")
-    assert tokenizer.encode(text[:9]) == [18, 47, 56, 57, 58, 1, 15, 47, 58]
-    assert tokenizer.encode(text) == [tokenizer.vocab.index(c) for c in text]
+def test_the_shipped_text(shipped_text):
+    tokenizer = train.CharTokenizer(shipped_text)
+    assert len(shipped_text) == 1_198_193 and tokenizer.vocab_size == 65
+    assert tokenizer.encode(shipped_text) == [tokenizer.vocab.index(c) for c in shipped_text]
 
 
 @pytest.mark.parametrize("ends", [b"\n", b"\r\n", b"\r"])
@@ -58,12 +54,16 @@ def test_split_is_nine_to_one(n):
 LENGTHS = [60, 61, 119, 120, 121, 500, 1001]
 
 
+def batches_of(tokens, batch_size, shuffle):
+    return [(np.array(x), np.array(y)) for x, y in train.get_batches(tokens, batch_size, shuffle)]
+
+
 @pytest.mark.parametrize("n", LENGTHS)
 def test_training_batches(tiny, n):
     T, B = train.ctx_len, train.batch_size
     np.random.seed(n)
     for epoch in range(20):  # many offsets
-        batches = [(np.array(x), np.array(y)) for x, y in train.get_batches(range(n), B, True)]
+        batches = batches_of(np.arange(n), B, True)
         assert len(batches) == train.count_batches(range(n), B) == (n // T - 1) // B
         for x, y in batches:
             assert x.shape == y.shape == (B, T)
@@ -72,24 +72,26 @@ def test_training_batches(tiny, n):
             assert (y == x + 1).all()  # each label is the token after
         labels = np.concatenate([y.ravel() for _, y in batches]) if batches else np.array([])
         assert len(set(labels)) == len(labels)  # no label twice
-        assert n - len(labels) < (B + 1) * T  # less than a batch and a chunk are missing
+        assert n - len(labels) < (B + 1) * T  # less than a batch and a row are missing
 
 
 def test_training_batches_differ_between_epochs(tiny):
     np.random.seed(0)
-    epochs = [np.concatenate([np.array(x)[:, 0] for x, _ in batches])
-              for batches in (train.get_batches(range(2000), 4, True) for _ in range(30))]
+    epochs = [np.concatenate([x[:, 0] for x, _ in batches_of(np.arange(2000), 4, True)])
+              for _ in range(30)]
     offsets = {int(starts.min() % train.ctx_len) for starts in epochs}
     assert all((starts % train.ctx_len == starts[0] % train.ctx_len).all() for starts in epochs)
     assert len(offsets) > 6  # of 12 possible ones
     assert not any((np.diff(starts) > 0).all() for starts in epochs)  # never in the text's order
 
 
-@pytest.mark.parametrize("n", LENGTHS + [2, 3, 13])
+@pytest.mark.parametrize("n", LENGTHS + [2, 3, 12, 13, 24, 25])
 def test_evaluation_batches(tiny, n):
     before = np.random.get_state()[1].copy()
-    batches = [(np.array(x), np.array(y)) for x, y in train.get_batches(range(n), 4, False)]
-    assert [t for x, _ in batches for t in x.ravel()] == list(range(n - 1))
-    assert [t for _, y in batches for t in y.ravel()] == list(range(1, n))
-    assert all(x.shape == y.shape and x.shape[0] <= 4 and x.shape[1] <= 12 for x, y in batches)
+    batches = batches_of(np.arange(n), 4, False)
+    used = (n - 1) // 12 * 12  # every token but the first is a label once, as far as rows go
+    assert [t for x, _ in batches for t in x.ravel()] == list(range(used))
+    assert [t for _, y in batches for t in y.ravel()] == list(range(1, used + 1))
+    assert all(x.shape == y.shape and x.shape[1] == 12 for x, y in batches)
+    assert all(len(x) == 4 for x, _ in batches[:-1]) and all(1 <= len(x) <= 4 for x, _ in batches)
     assert (np.random.get_state()[1] == before).all()  # nothing random about it

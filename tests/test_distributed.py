@@ -7,22 +7,31 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
-from test_run import EPOCH, epochs, interrupted, read_until, saved_epoch
+import train
+from conftest import TEXT
+from mlx.utils import tree_flatten
+from test_run import EPOCH, arrays, epochs, interrupted, read_until, saved_epoch
 
 LAUNCH = Path(sys.executable).with_name("mlx.launch")
+pytestmark = pytest.mark.skipif(not LAUNCH.exists(), reason="no mlx.launch beside this python")
 # Like a terminal at which nobody types. At a closed input the launcher would read in a busy loop,
 # and an interrupt in the midst of that can leave it waiting for itself for ever.
 SILENCE, _never_written_to = os.pipe()
 
 
+linux = pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="finds processes in /proc")
+
+
 @pytest.fixture
 def folder(folder):
     """A model and an epoch that are small even for the tests: the exchange takes its time."""
-    folder.settings.update(n_layers=1, batch_size=16)
+    folder.settings.update(batch_size=16)
     folder.edit()
     yield folder
     for rank in (0, 1):  # a test that failed must not leave processes behind
@@ -30,30 +39,45 @@ def folder(folder):
             os.kill(left, signal.SIGKILL)
 
 
-def launched(folder, *arguments):
+def launched(folder, *arguments, before=""):
+    """As Folder.command, for two processes. The code `before` knows which of them it is in."""
     command = folder.command(*arguments)
+    if before:
+        folder.write("wrapped.py", f"import os, sys, train\nrank = int(os.environ['MLX_RANK'])\n"
+                                   f"{before}\ntrain.main()\n")
+        command["args"][1] = "wrapped.py"
     return {**command, "args": [LAUNCH, "-n", "2", *command["args"]], "stdin": SILENCE,
             "start_new_session": True}
 
 
-def launch(folder, *arguments):
-    return subprocess.run(**launched(folder, *arguments), capture_output=True, timeout=120)
+def launch(folder, *arguments, before=""):
+    return subprocess.run(**launched(folder, *arguments, before=before), capture_output=True,
+                          timeout=120)
 
 
+NOTING = """
+from mlx.utils import tree_flatten
+evaluate, make_optimizer, kept = train.evaluate, train.make_optimizer, []
+def noting(model, tokens):
+    with open(f"weights.{rank}", "a") as file:
+        for name, w in tree_flatten([model.parameters(), kept[0].state]):
+            print(name, train.np.array(w).tobytes().hex(), file=file)
+    return evaluate(model, tokens)
+def keeping(steps):
+    kept.append(make_optimizer(steps))
+    return kept[0]
+train.evaluate, train.make_optimizer = noting, keeping
+"""
+
+
+@linux
 def test_two_processes_equal_one(folder):
     alone = epochs(folder.run())
-    weights = mx.load(str(folder.path / "model.safetensors"))
-    for name in ("model.safetensors", "checkpoint.safetensors", "completions.txt"):
+    weights = arrays(folder.read("model.safetensors"))
+    for name in ("model.safetensors", "completions.txt"):
         (folder.path / name).unlink()
-    # Each process also notes all its weights and its optimizer state after every epoch.
-    end = "        yield epoch, losses.mean().item(), evaluate(model, val_tokens)\n"
-    assert folder.source.count(end) == 1
-    note = ("        with open(f'weights.{world.rank()}', 'a') as file:\n"
-            "            for name, w in tree_flatten([model.parameters(), optimizer.state]):\n"
-            "                print(name, np.array(w).tobytes().hex(), file=file)\n")
-    folder.source = folder.source.replace(end, note + end)
-    folder.edit()
-    result = launch(folder)
+    # Each process also notes all its weights and its optimizer's state after every epoch.
+    result = launch(folder, before=NOTING)
     together = epochs(result)
     assert len(together) == len(alone) == 2  # one set of lines
     assert np.allclose(np.array(together, float), np.array(alone, float), atol=1.01e-4)
@@ -61,34 +85,57 @@ def test_two_processes_equal_one(folder):
     notes = [(folder.path / f"weights.{rank}").read_text() for rank in (0, 1)]
     assert notes[0] == notes[1] and len(notes[0]) > 10_000
     assert set(folder.files()) == {"input.txt", "completions.txt", "model.safetensors",
-                                   "checkpoint.safetensors", "weights.0", "weights.1"}
-    after = mx.load(str(folder.path / "model.safetensors"))
-    assert all(np.abs(np.array(after[n] - weights[n])).max() < 1e-3 for n in weights)
+                                   "weights.0", "weights.1", "wrapped.py"}
+    after = arrays(folder.read("model.safetensors"))
+    assert all(np.abs(after[n] - weights[n]).max() < 1e-3 for n in weights)
 
-
-def test_dropout_differs_between_processes(folder):
-    # Both halves of each batch are the same rows, so with the same dropout the mean of the two
-    # gradients would be each of them, and the losses those of one process.
-    share = "[world.rank() :: world.size()]"
-    assert folder.source.count(share) == 2
-    folder.source = folder.source.replace(share, "[: batch_size // 2]")
-    folder.edit(dropout=0.5, num_epochs=1)
-    together = epochs(launch(folder))
-    assert epochs(folder.run())[0][1] != together[0][1]
-
-
-def test_resume_under_the_launcher(folder):
-    folder.edit(num_epochs=4, dropout=0.2)
-    whole = epochs(launch(folder))
-    folder.edit(num_epochs=4, dropout=0.2, temperature=0.5)
+    (folder.path / "model.safetensors").unlink()
     process = subprocess.Popen(**launched(folder), stdout=subprocess.PIPE)
-    read_until(process, "Epoch 2")
+    read_until(process, "Epoch 0")
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     for rank in (0, 1):
         wait_until_gone(folder, rank)
     rest = epochs(launch(folder, "--resume"))
-    assert 1 <= len(rest) <= 2 and rest == whole[-len(rest) :]
+    assert len(rest) == 1 and rest == together[1:]
+
+
+def as_process(monkeypatch, rank, size=2):
+    monkeypatch.setattr(mx.distributed, "init", lambda: SimpleNamespace(rank=lambda: rank,
+                                                                        size=lambda: size))
+
+
+@pytest.mark.parametrize("size, streams", [(2, 1), (2, 2), (3, 2), (4, 1)])
+def test_processes_and_streams_share_all_rows(tiny, monkeypatch, size, streams):
+    model = train.GPT(11)
+    x, y = mx.random.randint(0, 11, (2, 12, 12))
+    expected, expected_grads = nn.value_and_grad(model, train.loss_fn)(model, x, y)
+    streams = [mx.new_stream(mx.default_device()) for _ in range(streams)]
+    loss, sums = 0, {name: 0 for name, _ in tree_flatten(expected_grads)}
+    for rank in range(size):
+        as_process(monkeypatch, rank, size)
+        share = nn.value_and_grad(model, lambda *args: train.shared_loss(streams, *args))
+        part, grads = share(model, x, y)
+        loss += part.item() / size
+        for name, grad in tree_flatten(grads):
+            sums[name] += np.array(grad) / size
+    assert abs(loss - expected.item()) < 1e-5
+    for name, grad in tree_flatten(expected_grads):
+        assert np.abs(sums[name] - np.array(grad)).max() < 1e-6, name
+
+
+def test_dropout_differs_between_processes(tiny, monkeypatch):
+    x = mx.array(np.repeat(np.arange(12)[None] % 11, 4, axis=0))  # everyone has the same rows
+    for dropout, different in ((0.0, False), (0.5, True)):
+        tiny(dropout=dropout)
+        mx.random.seed(0)
+        model, losses = train.GPT(11), []
+        for rank in (0, 1):
+            as_process(monkeypatch, rank)
+            mx.random.seed(1)
+            losses.append(train.shared_loss([mx.default_stream(mx.default_device())], model, x, x)
+                          .item())
+        assert (abs(losses[0] - losses[1]) > 1e-4) == different
 
 
 def pid(folder, rank):
@@ -108,9 +155,6 @@ def wait_until_gone(folder, rank):
     while pid(folder, rank):
         assert time.monotonic() < end, f"process {rank} hangs"
         time.sleep(0.05)
-
-
-linux = pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="finds processes in /proc")
 
 
 @linux
@@ -143,16 +187,62 @@ def test_ctrl_c_under_the_launcher(folder, whom):
     for rank in (0, 1):
         wait_until_gone(folder, rank)
     if whom == "first process":  # else the launcher is gone before it can pass this on
-        assert re.search(r"train.py: stopped. Epochs 0 to \d+ are saved", output)
-    assert not list(folder.path.glob("*.tmp*"))
-    done = saved_epoch(folder) + 1
-    folder.edit(num_epochs=done + 1)
-    assert [int(epoch) for epoch, _, _ in epochs(launch(folder, "--resume"))] == [done]
+        assert re.search(r"train.py: stopped. model.safetensors holds epochs 0 to \d+", output)
+    assert not list(folder.path.glob("tmp-*"))
+    if whom == "everybody":
+        done = saved_epoch(folder) + 1
+        folder.edit(num_epochs=done + 1)
+        assert [int(epoch) for epoch, _, _ in epochs(launch(folder, "--resume"))] == [
+            done]
+
+
+def said(result):
+    """What the script said under the launcher before it refused, which is said by one process."""
+    lines = [line for line in result.stderr.splitlines() if "train.py: " in line]
+    assert len(lines) == 1 and "Traceback" not in result.stderr, result.stderr
+    assert not EPOCH.findall(result.stdout)
+    return lines[0]
 
 
 def test_a_batch_that_cannot_be_shared(folder):
     folder.edit(batch_size=5)
-    result = launch(folder)
-    lines = [line for line in result.stderr.splitlines() if line.startswith("train.py")]
-    assert lines == ["train.py: batch_size = 5 must be a multiple of the 2 processes"]
-    assert not EPOCH.findall(result.stdout) and set(folder.files()) == {"input.txt"}
+    line = said(launch(folder))
+    assert line == "train.py: batch_size = 5 must be a multiple of 2 processes"
+    assert set(folder.files()) == {"input.txt"}
+
+
+@pytest.mark.parametrize("difference", [
+    "if rank == 1: train.seed = 1",
+    "if rank == 1: train.load_text = lambda: open('other.txt').read()",
+    "if rank == 1: train.load_text = lambda: open('nowhere.txt').read()"])
+def test_processes_that_differ(folder, difference):
+    folder.write("other.txt", TEXT[:-3] + TEXT[-2] + TEXT[-3] + "\n")  # of the same characters
+    assert "the processes differ" in said(launch(folder, before=difference))
+    assert not (folder.path / "model.safetensors").exists()
+
+
+def test_processes_that_resume_different_runs(trained):
+    trained.edit(num_epochs=3)
+    before = trained.read("model.safetensors")
+    line = said(launch(trained, "--resume", before="""
+load = train.load
+def an_epoch_less(path):
+    *trees, notes = load(path)
+    return *trees, {**notes, "history": notes["history"][:1]}
+if rank == 1:
+    train.load = an_epoch_less
+"""))
+    assert "the processes differ" in line and trained.read("model.safetensors") == before
+
+
+def test_what_all_processes_refuse_is_said_once(folder):
+    (folder.path / "input.txt").unlink()
+    assert "'input.txt'" in said(launch(folder))
+    assert "there is no model.safetensors" in said(launch(folder, "--sample", "7"))
+
+
+def test_sample_under_the_launcher_writes_one_text(trained):
+    alone = trained.run("--sample", "7 sheep").stdout
+    result = launch(trained, "--sample", "7 sheep")
+    assert result.returncode == 0 and result.stdout.count(alone) == 1
+    assert result.stdout.count("7 sheep") == alone.count("7 sheep")

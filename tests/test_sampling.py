@@ -1,10 +1,17 @@
-"""Section 11: drawing characters, and the key/value cache."""
+"""Section 10: drawing characters, and the key/value cache."""
 
 import mlx.core as mx
 import numpy as np
 import pytest
 import train
+from mlx.utils import tree_flatten
 from test_model import V, make
+
+@pytest.fixture
+def tiny(tiny):
+    tiny(n_layers=2)
+    return tiny
+
 
 LOGITS = mx.array([0.3, 2.0, -1.0, 1.1, 0.0])
 
@@ -80,27 +87,60 @@ def test_generates_one_at_a_time(tiny, seen):
 
 
 def test_each_new_token_is_one_forward_pass_of_one_token(tiny, monkeypatch):
-    model, lengths = make(), []
+    model, calls = make(), []
     forward = train.GPT.__call__
-    monkeypatch.setattr(train.GPT, "__call__",
-                        lambda self, x, cache=None: (lengths.append(x.shape[1]),
-                                                     forward(self, x, cache))[1])
+    monkeypatch.setattr(train.GPT, "__call__", lambda self, tokens, start=0: (
+        calls.append((start, tokens.shape[1])), forward(self, tokens, start))[1])
     list(model.generate([1, 2, 3], 20))
     # 3 tokens of prompt, 9 more fill the 12 positions; then 6 are read again, and so on
-    assert lengths == [3] + [1] * 9 + [6] + [1] * 6 + [6] + [1] * 2
+    assert calls == [(0, 3), *((n, 1) for n in range(3, 12)), (0, 6), *((n, 1) for n in range(6, 12)),
+                     (0, 6), (6, 1), (7, 1)]
 
 
 def test_generation_is_without_dropout_and_reproducible(tiny):
     tiny(dropout=0.5)
     model = make(spread=0.2)
-    model.train()
     texts = []
-    for _ in range(2):
+    for training in (True, False):
+        model.train(training)
         mx.random.seed(1)
         texts.append(list(model.generate([1], 50)))
-    assert texts[0] == texts[1] and not model.training
+        assert all(part.training == training for part in model.modules())  # it stays as it was
+    assert texts[0] == texts[1]
     mx.random.seed(2)
     assert list(model.generate([1], 50)) != texts[0]
+
+
+def test_generation_leaves_the_model_as_it_was(tiny):
+    model = make(spread=0.2)
+    x = mx.array([[1, 2, 3]])
+    names, logits = [name for name, _ in model.named_modules()], np.array(model(x))
+    parameters = {name: np.array(value) for name, value in tree_flatten(model.parameters())}
+    list(model.generate([1, 2], 30))
+    half_way = model.generate([1, 2], 30)
+    next(half_way)
+    assert [name for name, _ in model.named_modules()] == names
+    assert (np.array(model(x)) == logits).all() and (np.array(model(x)) == logits).all()
+    after = dict(tree_flatten(model.parameters()))
+    assert after.keys() == parameters.keys()
+    assert all((np.array(after[name]) == parameters[name]).all() for name in parameters)
+
+
+def test_two_generators_do_not_disturb_each_other(tiny):
+    model, prompts = make(spread=0.2), ([1, 2, 3], [4, 5, 6, 7, 8])
+    alone = [list(model.generate(prompt, 30, temperature=0)) for prompt in prompts]
+    pairs = zip(*(model.generate(prompt, 30, temperature=0) for prompt in prompts))
+    assert [list(one) for one in zip(*pairs)] == alone and alone[0] != alone[1]
+    assert prompts == ([1, 2, 3], [4, 5, 6, 7, 8])  # nor what they are given
+
+
+def test_remembering_attention_equals_attention(tiny):
+    attention = train.MultiHeadAttention()
+    x = mx.random.normal((2, 9, 16))
+    whole = np.array(attention(x))
+    train.remember(attention)
+    parts = [np.array(attention(x[:, start:end])) for start, end in ((0, 4), (4, 5), (5, 9))]
+    assert np.abs(np.concatenate(parts, axis=1) - whole).max() < 1e-5
 
 
 def test_model_learns_and_writes_a_cycle(tiny):

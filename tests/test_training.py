@@ -1,4 +1,4 @@
-"""Section 10: the optimizer against one written in NumPy, the schedule, evaluation, the loop."""
+"""Section 9: the optimizer against one written in NumPy, the schedule, evaluation, the loop."""
 
 import math
 from functools import partial
@@ -8,9 +8,17 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 import train
+from conftest import EXACT, TEXT
 from mlx.utils import tree_flatten
+from test_model import numpy_loss
 
 V = 11
+
+
+@pytest.fixture
+def tiny(tiny):
+    tiny(n_layers=2)
+    return tiny
 
 
 def setup(n=300):
@@ -21,7 +29,7 @@ def setup(n=300):
     optimizer = train.make_optimizer(
         train.num_epochs * train.count_batches(tokens, train.batch_size))
     optimizer.init(model.trainable_parameters())
-    return model, optimizer, tokens, np.random.default_rng(6).integers(0, V, 40)
+    return model, optimizer, tokens, np.random.default_rng(6).integers(0, V, 110)
 
 
 def decays(name):
@@ -41,7 +49,7 @@ def test_training_equals_adamw_in_numpy(tiny, monkeypatch):
     w = {n: np.array(p, dtype=np.float64) for n, p in tree_flatten(model.parameters())}
     m = {n: np.zeros_like(p) for n, p in w.items()}
     v = {n: np.zeros_like(p) for n, p in w.items()}
-    twin, losses, clipped, t = train.GPT(V), [], 0, 0
+    twin, losses, expected, clipped, t = train.GPT(V), [], [], 0, 0
     for epoch in batches:
         for x, y in epoch:
             twin.load_weights([(n, mx.array(p.astype(np.float32))) for n, p in w.items()])
@@ -58,11 +66,18 @@ def test_training_equals_adamw_in_numpy(tiny, monkeypatch):
                 v[n] = 0.95 * v[n] + 0.05 * gradient**2
                 step = m[n] / (1 - 0.8**t) / (np.sqrt(v[n] / (1 - 0.95**t)) + 1e-8)
                 w[n] -= lr * (step + (0.5 * w[n] if decays(n) else 0))
+        # As much of the training text as there is of val, and val, both at the epoch's end.
+        seen = tokens[: len(val)]
+        expected.append([numpy_loss(w.items(), part, 12, 2) for part in (seen, val)])
     assert t == total and 0 < clipped
-    reported = [loss for _, loss, _ in train.train(model, optimizer, tokens, val)]
+    watched = []
+    reported = list(train.train(model, optimizer, tokens, val,
+                                watch=lambda loss: watched.append(loss.item())))
     for n, p in tree_flatten(model.parameters()):
         assert np.abs(np.array(p) - w[n]).max() < 1e-4, n
-    assert np.allclose(reported, [np.mean(losses[: t // 2]), np.mean(losses[t // 2 :])], atol=1e-5)
+    assert [epoch for epoch, _, _ in reported] == [0, 1]
+    assert np.allclose([pair for _, *pair in reported], expected, atol=1e-5)
+    assert np.allclose(watched, losses, atol=1e-5)
 
 
 def test_decay_reaches_linear_weights_only(tiny):
@@ -83,9 +98,9 @@ def test_learning_rate(tiny, warmup):
     model, _, _, _ = setup()
     optimizer = train.make_optimizer(20)
     _, nothing = nn.value_and_grad(model, lambda m: mx.array(0.0) * m.lm_head.bias.sum())(model)
-    for i in range(20):
+    for i in range(22):  # two more than it was made for
         optimizer.update(model, nothing)
-        expected = 0.02 * (min(1, (i + 1) / warmup) if warmup else 1) * (20 - i) / 20
+        expected = 0.02 * (min(1, (i + 1) / warmup) if warmup else 1) * max(0, 20 - i) / 20
         for part in optimizer.state["states"]:
             assert abs(part["learning_rate"].item() - expected) < 1e-7
 
@@ -94,7 +109,7 @@ def test_learning_rate(tiny, warmup):
 def test_streams_share_a_batch(tiny, streams, rows):
     model, _, _, _ = setup()
     x, y = mx.random.randint(0, V, (2, rows, 12))
-    share = partial(train.loss_on_streams,
+    share = partial(train.shared_loss,
                     [mx.new_stream(mx.default_device()) for _ in range(streams)])
     expected, grads = nn.value_and_grad(model, train.loss_fn)(model, x, y)
     loss, found = nn.value_and_grad(model, share)(model, x, y)
@@ -103,21 +118,14 @@ def test_streams_share_a_batch(tiny, streams, rows):
         assert mx.abs(a - b).max() < 1e-6, n
 
 
-def test_evaluate_is_the_mean_over_all_characters(tiny):
+@pytest.mark.parametrize("n", [13, 12 * 9 + 6])  # one row; batches of 4, 4 and 1 rows, and a rest
+def test_evaluate_is_the_mean_over_all_rows(tiny, n):
     tiny(dropout=0.5)
     model, _, _, _ = setup()
-    tokens = np.random.default_rng(0).integers(0, V, 12 * 9 + 6)  # batches of 4, 4, 1 rows, a rest
-    model.eval()
-    losses = []
-    for start in range(0, len(tokens) - 1, 12):
-        x = tokens[start : start + 12][: len(tokens) - 1 - start]
-        logits = np.array(model(mx.array(x[None])))[0].astype(np.float64)
-        p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
-        losses += [-np.log(p[i, tokens[start + i + 1]]) for i in range(len(x))]
+    tokens = np.random.default_rng(0).integers(0, V, n)
+    expected = numpy_loss(tree_flatten(model.parameters()), tokens, 12, 2)
     model.train()
-    assert len(losses) == len(tokens) - 1
-    assert abs(train.evaluate(model, tokens) - np.mean(losses)) < 1e-5
-    assert model.training and model.blocks[0].mha.attn_dropout.training  # and goes on training
+    assert abs(train.evaluate(model, tokens) - expected) < 1e-5
 
 
 def test_overfits_one_batch(tiny):
@@ -137,12 +145,17 @@ def run():
     return list(train.train(*setup()))
 
 
+def same(one, other):
+    """Whether two lists of losses are equal: on a CPU to the last bit."""
+    return one == other if EXACT else np.allclose(one, other, atol=1e-3)
+
+
 def test_same_seed_same_losses(tiny):
     tiny(dropout=0.3)
     first = run()
-    assert run() == first
+    assert same(run(), first)
     tiny(seed=1)
-    assert run() != first
+    assert not np.allclose(run(), first, atol=2e-3)
 
 
 def test_each_epoch_has_its_own_order(tiny, monkeypatch):
@@ -162,9 +175,12 @@ def test_each_epoch_has_its_own_order(tiny, monkeypatch):
 
 def test_each_epoch_has_its_own_dropout(tiny, monkeypatch):
     tiny(dropout=0.3, lr=1e-12, num_epochs=3)
-    batch = next(train.get_batches(np.arange(300) % V, 4, True))
-    monkeypatch.setattr(train, "get_batches", lambda *_, **__: [batch])
-    assert len({loss for _, loss, _ in run()}) == 3
+    batch, get_batches = next(train.get_batches(np.arange(300) % V, 4, True)), train.get_batches
+    monkeypatch.setattr(train, "get_batches", lambda tokens, size, shuffle: [batch] if shuffle
+                        else get_batches(tokens, size, shuffle))
+    losses = []
+    list(train.train(*setup(), watch=lambda loss: losses.append(round(loss.item(), 5))))
+    assert len(losses) == len(set(losses)) == 3
 
 
 def test_training_can_begin_at_a_later_epoch(tiny):
@@ -173,16 +189,65 @@ def test_training_can_begin_at_a_later_epoch(tiny):
     assert [epoch for epoch, _, _ in train.train(model, optimizer, tokens, val, 3)] == [3, 4]
 
 
-def test_dropout_is_active_in_training(tiny):
-    tiny(lr=1e-12)
-    quiet = run()
-    tiny(dropout=0.5)
-    noisy = run()
-    assert quiet[0][1] != noisy[0][1] and abs(quiet[0][2] - noisy[0][2]) < 1e-6
+def test_dropout_is_active_in_training_only(tiny):
+    losses = []
+    for dropout in (0.0, 0.5):
+        tiny(dropout=dropout, lr=1e-12)
+        steps = []
+        reported = list(train.train(*setup(), watch=lambda loss: steps.append(loss.item())))
+        losses.append((steps, [pair for _, *pair in reported]))
+    (quiet, before), (noisy, after) = losses
+    assert len(quiet) == len(noisy) == 2 * 6
+    assert all(abs(a - b) > 1e-5 for a, b in zip(quiet, noisy))  # in both epochs
+    assert np.abs(np.array(before) - after).max() < 1e-6  # both losses are measured without
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(tiny):
-    model, optimizer, tokens, val = setup()
-    model.lm_head.bias = mx.full((V,), mx.nan)
-    with pytest.raises(FloatingPointError, match="nan in epoch 0, step 0"):
-        list(train.train(model, optimizer, tokens, val))
+def of_text(before=lambda model: None, between=lambda model: None, during=lambda model: None,
+            loss_fn=train.shared_loss):
+    """A training on TEXT, into which a user breaks: its losses, and those of all its steps."""
+    device = mx.default_device()
+    streams = [mx.new_stream(device), mx.new_stream(device)] if EXACT else [mx.default_stream(device)]
+    tokenizer = train.CharTokenizer(TEXT)
+    parts = train.split(np.array(tokenizer.encode(TEXT), dtype=np.int32))
+    mx.random.seed(train.seed)
+    model = train.GPT(tokenizer.vocab_size)
+    steps = train.count_batches(parts[0], train.batch_size)
+    optimizer = train.make_optimizer(train.num_epochs * steps)
+    optimizer.init(model.trainable_parameters())
+    losses, watched = [], []
+
+    def watch(loss):
+        watched.append(loss.item())
+        during(model)
+
+    before(model)
+    for _, *pair in train.train(model, optimizer, *parts, loss_fn=partial(loss_fn, streams),
+                                watch=watch):
+        losses += pair
+        between(model)
+    assert len(watched) == train.num_epochs * steps
+    return losses + watched
+
+
+def test_writing_does_not_disturb_training(compiled):
+    """Compiled, as the recording freezes what it finds: dropout switched off, for example."""
+    undisturbed = of_text()
+    assert same(of_text(before=lambda model: list(model.generate([1], 20)),
+                        between=lambda model: list(model.generate([1], 20))), undisturbed)
+    assert same(of_text(before=lambda model: model.eval()), undisturbed)
+    assert same(of_text(during=lambda model: list(model.generate([1], 1, temperature=0))),
+                undisturbed)
+
+
+def test_compiled_or_not_the_losses_are_the_same(compiled):
+    calls = []
+
+    def counting(streams, model, x, y):
+        calls.append(len(x))
+        return train.shared_loss(streams, model, x, y)
+
+    losses = of_text(loss_fn=counting)
+    assert calls == [4]  # Python runs once, for the recording
+    mx.disable_compile()
+    assert np.allclose(of_text(loss_fn=counting), losses, atol=2e-3)
+    assert len(calls) > 10
