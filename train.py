@@ -88,7 +88,7 @@ def load_text(path="input.txt"):
 
     Raises OSError if it cannot be read, UnicodeDecodeError if it is not UTF-8.
     """
-    return Path(path).read_text(encoding="utf-8-sig")  # -sig: without the mark some editors add
+    return Path(path).read_text(encoding="utf-8").removeprefix("\ufeff")  # a mark some editors add
 
 
 def split(tokens):
@@ -817,13 +817,13 @@ def load(path):
         raise Refusal(f"{path} is damaged, or was not written by this script") from None
 
 
-def fill(model, weights):
-    """Puts a tree of weights into the model. Raises Refusal if they are those of another one."""
-    wanted, found = ({name: (array.shape, array.dtype) for name, array in tree_flatten(tree)}
-                     for tree in (model.parameters(), weights))
-    if wanted != found:
+def fit(found, wanted):
+    """The tree found. Raises Refusal unless its arrays have the names, shapes and types wanted."""
+    ours, theirs = ({name: (array.shape, array.dtype) for name, array in tree_flatten(tree)}
+                    for tree in (found, wanted))
+    if ours != theirs:
         raise Refusal(f"{MODEL} does not fit this script: one of them was changed")
-    model.update(weights)
+    return found
 
 
 def load_model(prompt):
@@ -836,7 +836,7 @@ def load_model(prompt):
     check(globals())
     tokenizer = CharTokenizer(notes["vocab"])
     model = GPT(tokenizer.vocab_size)
-    fill(model, weights)
+    model.update(fit(weights, model.parameters()))
     if unknown := set(prompt) - set(tokenizer.vocab):
         raise Refusal(f"the character {min(unknown)!r} is not one of the known {notes['vocab']!r}")
     return model, tokenizer
@@ -950,7 +950,7 @@ def look(prompt):
     p = mx.softmax(model(tokens)[0, -1])  # (vocab_size,)
     for token in mx.argsort(-p)[:8].tolist():
         char, share = tokenizer.decode([token]).translate(ONE_LINE), p[token].item()
-        print(f"likely next       {char} {share:.2f} {'█' * round(50 * share)}")
+        print(f"next              {char} {share:.2f} {'█' * round(50 * share)}")
     rows = model.wte.weight - model.wte.weight.mean(axis=0)  # (vocab_size, n_emb)
     rows = rows / mx.linalg.norm(rows, axis=1, keepdims=True)
     for token in tokenizer.encode(sorted(set(prompt))):
@@ -991,13 +991,14 @@ def prepare(resuming):
     best, notes = model.parameters(), {**settings, "vocab": "".join(tokenizer.vocab), "history": [],
                                        "text": hashlib.sha256(text.encode()).hexdigest()}
     if resuming:
-        best, last, optimizer.state, saved = load(MODEL)
+        best, last, state, saved = load(MODEL)
         if differing := changes(saved, notes, [n for n in (*SETTINGS, "text") if n not in FREE]):
             raise Refusal(f"{MODEL} is of another run: {', '.join(differing)}")
         if len(saved["history"]) >= num_epochs:
             raise Refusal(f"the run in {MODEL} is finished: a larger num_epochs goes on with it")
-        fill(model, last)
-        notes["history"] = saved["history"]
+        optimizer.state, notes["history"] = fit(state, optimizer.state), saved["history"]
+        best = fit(best, model.parameters())
+        model.update(fit(last, best))
     return tokenizer, tokens, model, best, optimizer, notes
 
 
@@ -1016,11 +1017,13 @@ def compare(notes):
 def train_and_write(resuming):
     """The whole run: reads input.txt, trains, saves after each epoch, and writes some text."""
     try:
-        tokenizer, tokens, model, best, optimizer, notes = prepare(resuming)
-        agree(notes)
-    except (Refusal, OSError) as problem:
-        agree(problem)  # the other processes wait for this one
-        raise
+        ready, problem = prepare(resuming), None
+    except (Refusal, OSError) as error:
+        ready, problem = [error], error
+    agree(ready[-1])  # the notes; or the problem, as the other processes wait for this one
+    if problem:
+        raise problem
+    tokenizer, tokens, model, best, optimizer, notes = ready
     (train_tokens, val_tokens), history = split(tokens), notes["history"]
     steps, done = count_batches(train_tokens, batch_size), len(history)
     world, streams = mx.distributed.init(), [mx.default_stream(mx.default_device())]
@@ -1092,6 +1095,7 @@ def main():
             sample_from_file(arguments.sample)
         else:
             train_and_write(arguments.resume)
+        sys.stdout.flush()
     except (Refusal, OSError, KeyboardInterrupt, RuntimeError) as error:
         problem, cache = error, os.path.join(tempfile.gettempdir(), "mlx")
         if isinstance(error, RuntimeError):

@@ -1,5 +1,6 @@
 """Sections 11 and 12 as a user meets them: whole runs of an edited copy in a folder of its own."""
 
+import ast
 import ctypes
 import errno
 import hashlib
@@ -70,6 +71,19 @@ def test_import_does_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []  # and no input.txt was needed
 
 
+def test_windows_has_all_that_is_imported_and_used():
+    unix_only = {"fcntl", "grp", "pty", "pwd", "resource", "termios", "tty"}
+    for path in (ROOT / "train.py", *ROOT.glob("tests/*.py")):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            names = [alias.name for alias in getattr(node, "names", [])]
+            assert not unix_only & {*names, getattr(node, "module", None)}, path
+    used = set(re.findall(r"\b(?:os|signal)\.\w+", (ROOT / "train.py").read_text(encoding="utf-8")))
+    assert "signal.SIGINT" in used
+    assert not used & {"signal.SIGPIPE", "signal.SIGKILL", "signal.SIGALRM", "signal.SIGHUP",
+                       "signal.pthread_sigmask", "os.fork", "os.killpg", "os.setsid", "os.getuid",
+                       "os.geteuid", "os.uname", "os.mkfifo", "os.getpgid", "os.sched_getaffinity"}
+
+
 def test_whole_run_compiled(folder, compiled):
     """The only whole run here with mx.compile: as a user runs it."""
     folder.edit(**COMPILED)
@@ -110,8 +124,9 @@ def test_what_a_run_says(first_run):
         assert lines[at + 2].startswith(" " * 10) and len(lines[at + 2]) == 10 + 70
     text = folder.read("completions.txt").decode()
     end = result.stdout[-len(text) - 300 :]
-    assert "model.safetensors" in end and "completions.txt" in end
-    assert "python train.py --sample" in end and "--look" in end
+    for words in ("model.safetensors", "best weights", "completions.txt",
+                  "python train.py --sample", "--look"):
+        assert words in end
     assert result.stdout.endswith("\n" + text + "\n")
     assert "\r" not in result.stdout and "\x1b" not in result.stdout
 
