@@ -743,7 +743,8 @@ LIMITS = {  # of settings: the type, the least value, and what it must stay belo
 }
 SETTINGS = " ".join(LIMITS).split()
 FREE = "num_epochs max_new_tokens temperature top_k".split()  # a resumed run may change these
-ONE_LINE, BLOCKS = str.maketrans("\n\t", "⏎ "), " ▁▂▃▄▅▆▇█"
+ONE_LINE, VISIBLE = str.maketrans("\n\t", "⏎ "), str.maketrans("\n\t ", "⏎→␣")
+BLOCKS = " ▁▂▃▄▅▆▇█"
 
 
 class Refusal(Exception):
@@ -949,13 +950,13 @@ def look(prompt):
         x = block(x)
     p = mx.softmax(model(tokens)[0, -1])  # (vocab_size,)
     for token in mx.argsort(-p)[:8].tolist():
-        char, share = tokenizer.decode([token]).translate(ONE_LINE), p[token].item()
+        char, share = tokenizer.decode([token]).translate(VISIBLE), p[token].item()
         print(f"next              {char} {share:.2f} {'█' * round(50 * share)}")
     rows = model.wte.weight - model.wte.weight.mean(axis=0)  # (vocab_size, n_emb)
     rows = rows / mx.linalg.norm(rows, axis=1, keepdims=True)
     for token in tokenizer.encode(sorted(set(prompt))):
         alike = tokenizer.decode(mx.argsort(-(rows @ rows[token]))[:6].tolist())
-        print("alike in wte      " + " ".join(alike.translate(ONE_LINE)))
+        print("alike in wte      " + " ".join(alike.translate(VISIBLE)))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -992,7 +993,9 @@ def prepare(resuming):
                                        "text": hashlib.sha256(text.encode()).hexdigest()}
     if resuming:
         best, last, state, saved = load(MODEL)
-        if differing := changes(saved, notes, [n for n in (*SETTINGS, "text") if n not in FREE]):
+        differing = changes(saved, notes, [name for name in SETTINGS if name not in FREE])
+        differing += ["another input.txt"] * (saved["text"] != notes["text"])
+        if differing:
             raise Refusal(f"{MODEL} is of another run: {', '.join(differing)}")
         if len(saved["history"]) >= num_epochs:
             raise Refusal(f"the run in {MODEL} is finished: a larger num_epochs goes on with it")
@@ -1060,7 +1063,8 @@ def train_and_write(resuming):
                    f"as unsure as between {math.exp(losses[1]):.1f} letters")
     except KeyboardInterrupt:
         kept = f"{MODEL} holds epochs 0 to {len(history) - 1}: --resume goes on from there"
-        raise KeyboardInterrupt(f"stopped. {kept if history else 'Nothing is saved yet'}") from None
+        kept = kept if history else "Nothing of this run is saved yet"
+        raise KeyboardInterrupt(f"stopped. {kept}") from None
     if world.rank() > 0:
         return
     draw_curves(history)
@@ -1080,7 +1084,7 @@ def main():
                        help=f"continue PROMPT, or begin a line, with the best weights in {MODEL}")
     group.add_argument("--look", metavar="PROMPT", help="what they look at, and expect next")
     words = sys.argv[1:]
-    if words[:1] in (["--sample"], ["--look"]):
+    if len(words) == 2 and words[0] in ("--sample", "--look"):
         words = ["=".join(words)]  # so that PROMPT may begin with a dash
     arguments, rank = parser.parse_args(words), mx.distributed.init().rank()
     if rank > 0:  # of several processes only the first talks, and hears Ctrl-C

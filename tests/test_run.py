@@ -688,7 +688,7 @@ def test_resume_refuses_another_text(trained):
     for text in (TEXT[:-3] + TEXT[-2] + TEXT[-3] + "\n", TEXT + TEXT[:50], TEXT + "Ω"):
         assert text != TEXT
         trained.write("input.txt", text)
-        assert "another run: text" in complaint(trained, "--resume")
+        assert "another run: another input.txt" in complaint(trained, "--resume")
 
 
 def test_a_new_run_keeps_the_former_one(trained):
@@ -856,6 +856,20 @@ def changed_file(here, tiny, first_run):
                             {key: value if key == "raw" else json.dumps(value)
                              for key, value in notes.items()})
     return change
+
+
+def test_resume_goes_on_from_the_last_weights_and_keeps_the_best(changed_file):
+    saved = {}
+
+    def change(arrays, notes):
+        arrays["wte.weight"] = arrays["wte.weight"] + 1  # so that the best are not the last
+        saved.update(arrays)
+
+    changed_file(change)
+    _, _, model, best, optimizer, _ = train.prepare(True)
+    for prefix, tree in (("", best), ("last.", model.parameters()), ("optimizer.", optimizer.state)):
+        for name, found in tree_flatten(tree):
+            assert mx.array_equal(found, saved[prefix + name]), prefix + name
 
 
 @pytest.mark.parametrize("size", [0, 7, 8, 9, 100, 10_000, -1])
