@@ -465,7 +465,7 @@ def test_look_inside(here, tiny, first_run, capsys):
     p = np.exp(logits) / np.exp(logits).sum()
     for token, line in zip(np.argsort(-p)[:8], lines[4:12], strict=True):
         char, share, bar = re.fullmatch(r"(.) (\d\.\d\d) ?(█*)", line[column:]).groups()
-        assert char == vocab[token].replace("\n", "⏎")
+        assert char == vocab[token].replace("\n", "⏎").replace(" ", "␣")
         assert abs(float(share) - p[token]) < 0.00501 and abs(len(bar) - 50 * p[token]) < 0.501
 
     table = dict(weights)["wte.weight"]
@@ -474,10 +474,10 @@ def test_look_inside(here, tiny, first_run, capsys):
     table = table / np.sqrt((table**2).sum(axis=1, keepdims=True))
     alike = [line[column:][::2] for line in lines[12:]]
     assert len(alike) == len(set(prompt)) and all("alike" in line for line in lines[12:])
-    assert {row[0] for row in alike} == set(shown)  # nothing is more alike than itself
+    assert {row[0] for row in alike} == set(shown.replace(" ", "␣"))  # nothing is more alike than itself
     for row in alike:
-        token = vocab.index(row[0].replace("⏎", "\n"))
-        nearest = [vocab[i].replace("\n", "⏎") for i in np.argsort(-(table @ table[token]))]
+        token = vocab.index(row[0].replace("⏎", "\n").replace("␣", " "))
+        nearest = [vocab[i].replace("\n", "⏎").replace(" ", "␣") for i in np.argsort(-(table @ table[token]))]
         assert list(row) == nearest[: len(row)] and len(row) > 3
 
 
@@ -596,7 +596,7 @@ def check_end(folder, process, error):
     assert error.strip().startswith("train.py: stopped") and len(error.strip().splitlines()) == 1
     assert not list(folder.path.glob("tmp-*"))
     held = re.search(r"model.safetensors holds epochs 0 to (\d+): --resume", error)
-    assert held or "othing is saved" in error
+    assert held or "Nothing of this run is saved" in error
     return int(held[1]) if held else None
 
 
