@@ -87,6 +87,7 @@ class Folder:
         self.path = path
         self.source = source or (ROOT / "train.py").read_text(encoding="utf-8")
         self.settings = dict(TINY)
+        self.started = []
         self.edit(**settings)
         self.write("input.txt", TEXT)
 
@@ -100,7 +101,7 @@ class Folder:
         return (self.path / name).read_bytes()
 
     def command(self, *arguments, before=""):
-        """What subprocess needs to start the script, or to run the code `before` and then main()."""
+        """What subprocess needs to start the script, or to run some code and then main()."""
         program = ["train.py"]
         if before:
             program = ["-B", "-c", f"import train\n{before}\ntrain.main()"]
@@ -115,9 +116,16 @@ class Folder:
 
     def start(self, *arguments, before="", **options):
         """A process, in a group of its own as a terminal's are, whose output can be read."""
-        return subprocess.Popen(**{**self.command(*arguments, before=before),
-                                   "stdout": subprocess.PIPE, "stderr": subprocess.PIPE,
-                                   "start_new_session": True, **options})
+        self.started.append(subprocess.Popen(**{
+            **self.command(*arguments, before=before), "stdout": subprocess.PIPE,
+            "stderr": subprocess.PIPE, "start_new_session": True, **options}))
+        return self.started[-1]
+
+    def end(self):
+        """Ends what a test that failed may have left running."""
+        for process in self.started:
+            process.kill()
+            process.wait()
 
     def files(self):
         return {file.name: file.read_bytes() for file in self.path.iterdir()
@@ -126,7 +134,9 @@ class Folder:
 
 @pytest.fixture
 def folder(tmp_path):
-    return Folder(tmp_path)
+    folder = Folder(tmp_path)
+    yield folder
+    folder.end()
 
 
 @pytest.fixture(scope="session")
@@ -144,4 +154,6 @@ def trained(first_run, tmp_path):
     for file in first_run[0].path.iterdir():
         if file.is_file():
             shutil.copy(file, tmp_path)
-    return Folder(tmp_path)
+    folder = Folder(tmp_path)
+    yield folder
+    folder.end()

@@ -1,6 +1,8 @@
 """Two processes under mlx.launch train the model that one process trains alone."""
 
+import itertools
 import os
+import random
 import re
 import signal
 import subprocess
@@ -16,13 +18,15 @@ import pytest
 import train
 from conftest import TEXT
 from mlx.utils import tree_flatten
-from test_run import EPOCH, arrays, epochs, interrupted, read_until, saved_epoch
+from test_run import AFTER_AN_EPOCH, EPOCH, arrays, epochs, interrupted, read_until, saved_epoch
 
 LAUNCH = Path(sys.executable).with_name("mlx.launch")
 pytestmark = pytest.mark.skipif(not LAUNCH.exists(), reason="no mlx.launch beside this python")
 # Like a terminal at which nobody types. At a closed input the launcher would read in a busy loop,
 # and an interrupt in the midst of that can leave it waiting for itself for ever.
 SILENCE, _never_written_to = os.pipe()
+# Ports of its own for each launch: another suite may run on this machine at the same time.
+PORTS = itertools.count(random.randrange(10_000, 30_000, 100), 2)
 
 
 linux = pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="finds processes in /proc")
@@ -46,7 +50,8 @@ def launched(folder, *arguments, before=""):
         folder.write("wrapped.py", f"import os, sys, train\nrank = int(os.environ['MLX_RANK'])\n"
                                    f"{before}\ntrain.main()\n")
         command["args"][1] = "wrapped.py"
-    return {**command, "args": [LAUNCH, "-n", "2", *command["args"]], "stdin": SILENCE,
+    launcher = [LAUNCH, "-n", "2", "--starting-port", str(next(PORTS))]
+    return {**command, "args": [*launcher, *command["args"]], "stdin": SILENCE,
             "start_new_session": True}
 
 
@@ -90,10 +95,7 @@ def test_two_processes_equal_one(folder):
     assert all(np.abs(after[n] - weights[n]).max() < 1e-3 for n in weights)
 
     (folder.path / "model.safetensors").unlink()
-    process = subprocess.Popen(**launched(folder), stdout=subprocess.PIPE)
-    read_until(process, "Epoch 0")
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    launch(folder, before=AFTER_AN_EPOCH.format(n=0, signal="SIGKILL"))
     for rank in (0, 1):
         wait_until_gone(folder, rank)
     rest = epochs(launch(folder, "--resume"))

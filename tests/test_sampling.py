@@ -93,8 +93,8 @@ def test_each_new_token_is_one_forward_pass_of_one_token(tiny, monkeypatch):
         calls.append((start, tokens.shape[1])), forward(self, tokens, start))[1])
     list(model.generate([1, 2, 3], 20))
     # 3 tokens of prompt, 9 more fill the 12 positions; then 6 are read again, and so on
-    assert calls == [(0, 3), *((n, 1) for n in range(3, 12)), (0, 6), *((n, 1) for n in range(6, 12)),
-                     (0, 6), (6, 1), (7, 1)]
+    full, half = [(n, 1) for n in range(3, 12)], [(n, 1) for n in range(6, 12)]
+    assert calls == [(0, 3), *full, (0, 6), *half, (0, 6), *half[:2]]
 
 
 def test_generation_is_without_dropout_and_reproducible(tiny):
