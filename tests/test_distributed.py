@@ -182,8 +182,8 @@ def test_ctrl_c_under_the_launcher(folder, whom):
     def interrupt():
         if whom == "everybody":  # as a terminal does
             os.killpg(process.pid, signal.SIGINT)
-        else:
-            os.kill(pid(folder, 0), signal.SIGINT)
+        elif first := pid(folder, 0):  # else it has ended, and the launcher is about to
+            os.kill(first, signal.SIGINT)
 
     output, _ = interrupted(process, interrupt)
     for rank in (0, 1):
