@@ -47,13 +47,11 @@ def tiny(monkeypatch):
     return change
 
 
-COMPILED = dict(dropout=0.3)
-
-
 @pytest.fixture
-def compiled(tiny):
+def compiled(tiny, compiled_run):
     """Lets mx.compile work, with the settings of all that is compiled."""
-    tiny(**{**TINY, **COMPILED})
+    compiled_run.started[0].wait()  # by now all kernels are made
+    tiny(**compiled_run.settings)
     mx.enable_compile()
     yield
     mx.disable_compile()
@@ -137,6 +135,20 @@ def folder(tmp_path):
     folder = Folder(tmp_path)
     yield folder
     folder.end()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compiled_run(request, tmp_path_factory):
+    """The one whole run with mx.compile. It begins before the tests, for the compiler's sake."""
+    if any("compiled" in item.fixturenames for item in request.session.items):
+        folder = Folder(tmp_path_factory.mktemp("compiled"))
+        folder.settings["dropout"] = 0.3
+        folder.edit()
+        folder.start(env=dict(os.environ))
+        yield folder
+        folder.end()
+    else:
+        yield None
 
 
 @pytest.fixture(scope="session")

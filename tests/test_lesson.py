@@ -9,7 +9,6 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
-import pytest
 import train
 from conftest import ROOT
 from mlx.utils import tree_flatten
