@@ -26,16 +26,17 @@ there is no GPU, 1.55. On Tiny Shakespeare, which others measure with, it is 1.4
 #                 "mlx-cpu>=0.32.4; sys_platform == 'win32'"]
 # ///
 
-import argparse
 import copy
 import hashlib
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -66,7 +67,8 @@ batch_size = 8 if small else 32    # rows of text in a step; fewer makes more, b
 lr = 1e-2 if small else 3e-3       # learning rate; lower it if the loss jumps about or becomes nan
 warmup_steps = 100                 # steps in which the learning rate rises from almost 0
 weight_decay = 0.1                 # pull of the weights towards 0; more makes simpler models
-betas = (0.9, 0.99)                # memory of AdamW for gradients and their squares; 1 is for ever
+beta1 = 0.9                        # memory of AdamW for gradients; 1 would be for ever
+beta2 = 0.99                       # and its memory for their squares
 max_norm = 1.0                     # a gradient longer than this is shortened to it
 seed = 0                           # another number, another run
 
@@ -119,12 +121,8 @@ class CharTokenizer:
         self._token_of = {char: token for token, char in enumerate(self.vocab)}
 
     def encode(self, text):
-        """A string to a list of ints. Raises ValueError at a character outside the vocabulary."""
-        try:
-            return [self._token_of[char] for char in text]
-        except KeyError as error:
-            known = "".join(self.vocab)
-            raise ValueError(f"the character {error} is not one of the known {known!r}") from None
+        """A string to a list of ints. Raises KeyError at a character outside the vocabulary."""
+        return [self._token_of[char] for char in text]
 
     def decode(self, tokens):
         """Tokens, any iterable of ints, to a string."""
@@ -546,8 +544,8 @@ class GPT(nn.Module):
 # A step takes a batch and turns every parameter a little against its gradient. How far? Plain
 # steps of lr * gradient, as in section 5, seldom suit all parameters at once: their gradients
 # differ in size by orders of magnitude. Adam brings them to one scale. For each parameter it keeps
-# a running mean m of its gradient g and a running mean v of the square. In each step, with betas =
-# (0.9, 0.99),
+# a running mean m of its gradient g and a running mean v of the square. In each step, with beta1 =
+# 0.9 and beta2 = 0.99,
 #
 #     m = 0.9 * m + 0.1 * g
 #     v = 0.99 * v + 0.01 * g * g
@@ -577,7 +575,7 @@ def make_optimizer(total_steps):
         # than another seed.)
         return weight.ndim == 2 and not name.startswith(("wte", "wpe"))
 
-    adamw = partial(optim.AdamW, learning_rate, list(betas), bias_correction=True)
+    adamw = partial(optim.AdamW, learning_rate, [beta1, beta2], bias_correction=True)
     return optim.MultiOptimizer([adamw(weight_decay=weight_decay), adamw(weight_decay=0)], [decays])
 
 
@@ -734,42 +732,43 @@ GPT.generate = generate  # so that model.generate(tokens, 100) works, too
 # model, shares the work, and says in one line what is wrong when something is.
 
 MODEL, FORMER, WRITTEN = "model.safetensors", "former.safetensors", "completions.txt"
-LIMITS = {  # of settings: the type, the least value, and what it must stay below
-    "ctx_len n_emb n_heads n_layers num_epochs batch_size max_new_tokens top_k": (int, 1, math.inf),
-    "warmup_steps seed": (int, 0, 2**32),
-    "lr max_norm": (float, 1e-30, math.inf),
-    "weight_decay temperature": (float, 0, math.inf),
-    "dropout betas": (float, 0, 1),
+SETTINGS = {  # of each: the type, the least value, and what it must stay below
+    **dict.fromkeys("ctx_len n_emb n_heads n_layers num_epochs".split(), (int, 1, 10**9)),
+    **dict.fromkeys("batch_size max_new_tokens top_k".split(), (int, 1, 10**9)),
+    **dict.fromkeys("warmup_steps seed".split(), (int, 0, 2**32)),
+    **dict.fromkeys("lr max_norm".split(), (float, 1e-30, 1e38)),
+    **dict.fromkeys("weight_decay temperature".split(), (float, 0, 1e38)),
+    **dict.fromkeys("dropout beta1 beta2".split(), (float, 0, 1)),
 }
-SETTINGS = " ".join(LIMITS).split()
 FREE = "num_epochs max_new_tokens temperature top_k".split()  # a resumed run may change these
-ONE_LINE, VISIBLE = str.maketrans("\n\t", "⏎ "), str.maketrans("\n\t ", "⏎→␣")
-BLOCKS = " ▁▂▃▄▅▆▇█"
+ONE_LINE, BLOCKS = str.maketrans("\n\t", "⏎ "), " ▁▂▃▄▅▆▇█"
 
 
 class Refusal(Exception):
     """Something that the user has to mend. main() says it in one line."""
 
 
-def check(settings):
-    """The settings, as a file keeps them. Raises Refusal at the first that cannot be used."""
-    for names, (kind, low, high) in LIMITS.items():
-        for name in names.split():
-            value = settings[name]
-            pair = name == "betas" and type(value) in (tuple, list) and len(value) == 2
-            numbers = value if pair else [None if name == "betas" else value]
-            if not all(type(v) in (int, kind) and low <= v < high for v in numbers):
-                what = "2 numbers" if name == "betas" else "a number" if kind is float else "whole"
-                raise Refusal(f"{name} = {value!r} must be {what}, at least {low} and below {high}")
-    if settings["n_emb"] % settings["n_heads"]:
-        raise Refusal("n_emb = {n_emb} must be a multiple of n_heads = {n_heads}"
-                      .format(**settings))
-    return json.loads(json.dumps({name: settings[name] for name in SETTINGS}))
+def check():
+    """The settings by their names. Raises Refusal at the first that cannot be used."""
+    for name, (kind, low, high) in SETTINGS.items():
+        value = globals()[name]
+        if type(value) not in (int, kind) or not low <= value < high:
+            raise Refusal(f"{name} = {value!r} must be of type {kind.__name__}, at least {low} and "
+                          f"below {high}")
+    if n_emb % n_heads:
+        raise Refusal(f"n_emb = {n_emb} must be a multiple of n_heads = {n_heads}")
+    return {name: globals()[name] for name in SETTINGS}
 
 
 def changes(then, now, names):
-    """What differs between the notes of two runs."""
-    return [f"{name} {then[name]} to {now[name]}" for name in names if then[name] != now[name]]
+    """What differs between the notes of two runs, in words."""
+    return ", ".join(f"{n} {then.get(n)} to {now[n]}" for n in names if then.get(n) != now[n])
+
+
+def fingerprint(text, arrays={}):
+    """64 digits, which become others when anything in a text and in arrays by name does."""
+    content = [text.encode(), *(np.array(arrays[name]).tobytes() for name in sorted(arrays))]
+    return hashlib.sha256(b"".join(content)).hexdigest()
 
 
 def replace(path, write):
@@ -788,34 +787,29 @@ def save(best, model, optimizer, notes):
     """Keeps a run in one file: the best weights, by their names, and all that --resume needs.
 
     The notes are the settings, the vocab, a fingerprint of the text, and the history of losses.
-    The first save of a run keeps the file of the former run under another name.
+    Before the first save of a run the former run is copied to a file of its own.
     """
+    run = {**best, "last": model.parameters(), "optimizer": optimizer.state}
+    arrays, words = dict(tree_flatten(run)), json.dumps(notes)
+
     def write(name):
-        run = {**best, "last": model.parameters(), "optimizer": optimizer.state}
-        as_text = {key: json.dumps(note) for key, note in notes.items()}
-        mx.save_safetensors(name, dict(tree_flatten(run)), as_text)
+        mx.save_safetensors(name, arrays, {"notes": words, "sha256": fingerprint(words, arrays)})
         if len(notes["history"]) == 1 and os.path.exists(MODEL):
-            os.replace(MODEL, FORMER)
+            replace(FORMER, partial(shutil.copy, MODEL))
 
     replace(MODEL, write)
 
 
 def load(path):
     """What save() wrote: the trees best, last and optimizer, and the notes. Else raises Refusal."""
-    if not os.path.isfile(path):
-        raise Refusal(f"there is no {path} in this folder: python train.py makes one")
     try:
-        arrays, notes = mx.load(path, return_metadata=True)
-        notes = {key: json.loads(note) for key, note in notes.items()}
-        notes |= check(notes)
-        assert list(notes["vocab"]) == sorted(set(notes["vocab"])) and type(notes["text"]) is str
-        assert notes["history"] and all(math.isfinite(a + b) for a, b in notes["history"])
-        assert all(mx.isfinite(array).all() for array in arrays.values())
-        tree = tree_unflatten(list(arrays.items()))
-        last, optimizer = tree.pop("last"), tree.pop("optimizer")
-        return tree, last, optimizer, notes
+        arrays, metadata = mx.load(path, return_metadata=True)
+        if metadata["sha256"] != fingerprint(metadata["notes"], arrays):
+            raise ValueError
+        best = tree_unflatten(list(arrays.items()))
+        return best, best.pop("last"), best.pop("optimizer"), json.loads(metadata["notes"])
     except Exception:  # whatever goes wrong here, the file is none of ours
-        raise Refusal(f"{path} is damaged, or was not written by this script") from None
+        raise Refusal(f"{path} is missing or damaged: python train.py makes one") from None
 
 
 def fit(found, wanted):
@@ -828,41 +822,50 @@ def fit(found, wanted):
 
 
 def load_model(prompt):
-    """The best saved model, if it knows the prompt's characters, and its tokenizer.
+    """The best saved model and its tokenizer, if that knows all characters of the prompt.
 
     The settings become those of its run, but for how to write.
     """
-    weights, _, _, notes = load(MODEL)
-    globals().update({name: notes[name] for name in SETTINGS if name not in (*FREE, "seed")})
-    check(globals())
+    best, _, _, notes = load(MODEL)
+    wanted = set(SETTINGS) - {*FREE, "seed"}
+    globals().update({name: value for name, value in notes.items() if name in wanted})
+    check()
     tokenizer = CharTokenizer(notes["vocab"])
     model = GPT(tokenizer.vocab_size)
-    model.update(fit(weights, model.parameters()))
+    model.update(fit(best, model.parameters()))
     if unknown := set(prompt) - set(tokenizer.vocab):
         raise Refusal(f"the character {min(unknown)!r} is not one of the known {notes['vocab']!r}")
     return model, tokenizer
 
 
-def agree(thing):
-    """Raises Refusal unless all processes that train together bring the same thing."""
-    number = int(hashlib.sha256(repr(thing).encode()).hexdigest()[:7], 16)
+def agree(*paths):
+    """Raises Refusal unless all processes that train together have the same settings and files."""
+    files = [Path(path).read_bytes() for path in paths if os.access(path, os.R_OK)]
+    number = int(fingerprint(repr([globals()[name] for name in SETTINGS] + files))[:7], 16)
     if len(set(mx.distributed.all_gather(mx.array([number])).tolist())) > 1:
-        raise Refusal(f"the processes differ: constants, input.txt and {MODEL} must be the same")
+        raise Refusal(f"the processes differ: settings, {' and '.join(paths)} must be the same")
 
 
-def shared_loss(streams, model, x, y):
-    """loss_fn for this process's share of the rows, which is spread evenly over its streams.
+def make_shared_loss():
+    """loss_fn for this process's share of the rows of a batch, spread evenly over its streams.
 
     MLX does the work of a stream on one processor core, so two streams keep two cores busy.
     """
-    world, losses = mx.distributed.init(), []
-    for _ in range(world.rank()):
-        mx.random.uniform()  # moves chance on, so that each process has dropout of its own
-    for i, stream in enumerate(streams):
-        with mx.stream(stream):
-            rows = slice(world.rank() + i * world.size(), None, world.size() * len(streams))
-            losses.append(loss_fn(model, x[rows], y[rows]))
-    return sum(losses) / len(streams)
+    world, streams = mx.distributed.init(), [mx.default_stream(mx.default_device())]
+    if mx.default_device() == mx.cpu and batch_size // world.size() % 2 == 0:
+        streams = [mx.new_stream(mx.cpu), mx.new_stream(mx.cpu)]
+
+    def shared_loss(model, x, y):
+        losses = []
+        for _ in range(world.rank()):
+            mx.random.uniform()  # moves chance on, so that each process has dropout of its own
+        for i, stream in enumerate(streams):
+            with mx.stream(stream):
+                rows = slice(world.rank() + i * world.size(), None, world.size() * len(streams))
+                losses.append(loss_fn(model, x[rows], y[rows]))
+        return sum(losses) / len(streams)
+
+    return shared_loss
 
 
 def say(line, passing=False):
@@ -871,59 +874,46 @@ def say(line, passing=False):
     print("\r\033[K" * terminal + line, end="" if passing and terminal else "\n", flush=True)
 
 
-def clock(seconds):
-    """Minutes and seconds, as 1:05."""
-    return f"{round(seconds) // 60}:{round(seconds) % 60:02}"
-
-
 def make_watch(done, steps):
-    """A watch for train(), after `done` steps, with `steps` an epoch: progress, and Refusal at nan.
-
-    Its attribute pace is the seconds that a step takes.
-    """
-    first, spoken, total = done + 1, time.perf_counter(), num_epochs * steps
+    """A watch for train(), after `done` steps, with `steps` an epoch: progress, Refusal at nan."""
     interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # it would reach the compiler, too
+    first, started, spoken, pause = done + 1, 0, 0, 1 if sys.stdout.isatty() else 30
 
     def watch(loss):
-        nonlocal done, spoken
-        done, now, pause = done + 1, time.perf_counter(), 1 if sys.stdout.isatty() else 30
+        nonlocal done, started, spoken
+        done += 1
         if done == first:
             mx.eval(loss)  # now all is compiled
             signal.signal(signal.SIGINT, interrupt)
-            watch.started = time.perf_counter()
-            watch.pace = watch.started - now
-        elif done % 200 == 0 or done % steps == 0 or now - spoken > pause:
-            place = f"epoch {(done - 1) // steps}, step {(done - 1) % steps + 1} of {steps}"
+            started = spoken = time.perf_counter()
+        elif done % 200 == 0 or done % steps == 0 or time.perf_counter() - spoken > pause:
             value, spoken = loss.item(), time.perf_counter()  # .item() waits for the device
+            place = f"epoch {(done - 1) // steps}, step {(done - 1) % steps + 1} of {steps}"
             if not math.isfinite(value):
                 raise Refusal(f"the loss is {value} in {place}: lower lr, weight_decay or betas")
-            watch.pace = (spoken - watch.started) / (done - first)
-            speed = f"{batch_size * ctx_len / watch.pace:,.0f} characters/s"
-            left = clock(watch.pace * (total - done)) + " left"
-            then = ", validating" if done % steps == 0 else ""
-            say(f"{place}, loss {value:.2f}, {speed}, {left}{then}", passing=True)
+            pace = (spoken - started) / (done - first)  # seconds for a step
+            say(f"{place}, loss {value:.2f}, {batch_size * ctx_len / pace:,.0f} characters/s, "
+                f"{pace * (num_epochs * steps - done) / 60:.1f} minutes left"
+                + ", validating" * (done % steps == 0), passing=True)
 
     return watch
 
 
-def write(model, tokenizer, prompt, length, show=lambda char: None):
-    """What continues the prompt, or a newline; one seed, one text. show gets each character."""
+def write(model, tokenizer, prompt, length):
+    """Yields the characters that continue the prompt, or a newline. One seed, one text."""
     prompt = prompt or min(tokenizer.vocab, key=lambda char: char != "\n")  # if there is any
     mx.random.seed(seed)
-    text = ""
     for token in model.generate(tokenizer.encode(prompt), length, temperature, top_k):
-        text += tokenizer.decode([token])
-        show(text[-1])
-    return text
+        yield tokenizer.decode([token])
 
 
 def sample_from_file(prompt):
-    """Streams the prompt and its continuation by the saved model; returns the continuation."""
-    (model, tokenizer), show = load_model(prompt), partial(print, end="", flush=True)
-    show(prompt)
-    text = write(model, tokenizer, prompt, max_new_tokens, show)
+    """Prints the prompt and how the saved model continues it, as it is made."""
+    model, tokenizer = load_model(prompt)
+    print(prompt, end="")
+    for char in write(model, tokenizer, prompt, max_new_tokens):
+        print(char, end="", flush=True)
     print()
-    return text
 
 
 def draw_curves(history):
@@ -950,13 +940,13 @@ def look(prompt):
         x = block(x)
     p = mx.softmax(model(tokens)[0, -1])  # (vocab_size,)
     for token in mx.argsort(-p)[:8].tolist():
-        char, share = tokenizer.decode([token]).translate(VISIBLE), p[token].item()
-        print(f"next              {char} {share:.2f} {'█' * round(50 * share)}")
+        char, share = tokenizer.vocab[token], p[token].item()
+        print(f"next {char!r:>12} {share:.2f} {'█' * round(50 * share)}")
     rows = model.wte.weight - model.wte.weight.mean(axis=0)  # (vocab_size, n_emb)
     rows = rows / mx.linalg.norm(rows, axis=1, keepdims=True)
     for token in tokenizer.encode(sorted(set(prompt))):
-        alike = tokenizer.decode(mx.argsort(-(rows @ rows[token]))[:6].tolist())
-        print("alike in wte      " + " ".join(alike.translate(VISIBLE)))
+        alike = mx.argsort(-(rows @ rows[token]))[:6].tolist()
+        print("alike in wte:    ", *(repr(tokenizer.vocab[other]) for other in alike))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -967,80 +957,52 @@ def look(prompt):
 
 def prepare(resuming):
     """What a run needs before its first step. Raises Refusal or OSError if it cannot be had."""
-    settings, n_processes = check(globals()), mx.distributed.init().size()
+    agree("input.txt", *[MODEL] * resuming)
+    settings, text, n_processes = check(), load_text(), mx.distributed.init().size()
+    tokenizer = CharTokenizer(text)
+    train_tokens, val_tokens = split(np.array(tokenizer.encode(text), dtype=np.int32))
+    steps = count_batches(train_tokens, batch_size)
+    if steps < 1 or len(val_tokens) <= ctx_len:
+        raise Refusal(f"input.txt, of {len(text)} characters, is too short for a batch of "
+                      f"{batch_size} rows of {ctx_len}, or its last tenth for one row")
     if batch_size % n_processes:
         raise Refusal(f"batch_size = {batch_size} must be a multiple of {n_processes} processes")
-    try:
-        text = load_text()
-    except UnicodeDecodeError as error:
-        raise Refusal(f"input.txt is not UTF-8 text: it goes wrong at byte {error.start}") from None
-    # A batch of rows and one row more to train on, and one row to validate with.
-    needed = max(-(-(batch_size + 1) * ctx_len * 10 // 9), 10 * ctx_len + 1)
-    tokenizer = CharTokenizer(text)
-    if len(text) < needed or tokenizer.vocab_size < 2:
-        raise Refusal(f"input.txt has {len(text)} characters, {tokenizer.vocab_size} different: "
-                      f"these settings need at least {needed}, and 2 different ones")
     tempfile.TemporaryFile(dir=".").close()  # better to fail now than after the training
     for name in filter(os.path.exists, (MODEL, FORMER, WRITTEN)):
         open(name, "ab").close()
 
-    tokens = np.array(tokenizer.encode(text), dtype=np.int32)
     mx.random.seed(seed)
-    model = GPT(tokenizer.vocab_size)
-    optimizer = make_optimizer(num_epochs * count_batches(split(tokens)[0], batch_size))
+    model, optimizer = GPT(tokenizer.vocab_size), make_optimizer(num_epochs * steps)
     optimizer.init(model.trainable_parameters())
-    best, notes = model.parameters(), {**settings, "vocab": "".join(tokenizer.vocab), "history": [],
-                                       "text": hashlib.sha256(text.encode()).hexdigest()}
+    best, notes = model.parameters(), {**settings, "input.txt": fingerprint(text)[:16],
+                                       "vocab": "".join(tokenizer.vocab), "history": []}
     if resuming:
         best, last, state, saved = load(MODEL)
-        differing = changes(saved, notes, [name for name in SETTINGS if name not in FREE])
-        differing += ["another input.txt"] * (saved["text"] != notes["text"])
-        if differing:
-            raise Refusal(f"{MODEL} is of another run: {', '.join(differing)}")
+        fixed = [name for name in (*SETTINGS, "input.txt") if name not in FREE]
+        if differing := changes(saved, notes, fixed):
+            raise Refusal(f"{MODEL} is of another run: {differing}")
         if len(saved["history"]) >= num_epochs:
             raise Refusal(f"the run in {MODEL} is finished: a larger num_epochs goes on with it")
-        optimizer.state, notes["history"] = fit(state, optimizer.state), saved["history"]
-        best = fit(best, model.parameters())
+        best, optimizer.state = fit(best, model.parameters()), fit(state, optimizer.state)
         model.update(fit(last, best))
-    return tokenizer, tokens, model, best, optimizer, notes
-
-
-def compare(notes):
-    """Says what a run changed against the former one, if that is there and had the same text."""
-    try:
-        former = load(FORMER)[3]
-    except Refusal:
-        return
-    if former["text"] == notes["text"]:
-        old, new = (min(val for _, val in run["history"]) for run in (former, notes))
-        changed = [*changes(former, notes, SETTINGS), f"best val {old:.4f} to {new:.4f}"]
-        print(f"Since {FORMER}: {', '.join(changed)}")
+        notes["history"] = saved["history"]
+    return tokenizer, train_tokens, val_tokens, model, best, optimizer, notes
 
 
 def train_and_write(resuming):
     """The whole run: reads input.txt, trains, saves after each epoch, and writes some text."""
-    try:
-        ready, problem = prepare(resuming), None
-    except (Refusal, OSError) as error:
-        ready, problem = [error], error
-    agree(ready[-1])  # the notes; or the problem, as the other processes wait for this one
-    if problem:
-        raise problem
-    tokenizer, tokens, model, best, optimizer, notes = ready
-    (train_tokens, val_tokens), history = split(tokens), notes["history"]
-    steps, done = count_batches(train_tokens, batch_size), len(history)
-    world, streams = mx.distributed.init(), [mx.default_stream(mx.default_device())]
-    if mx.default_device() == mx.cpu and batch_size // world.size() % 2 == 0:  # use two cores
-        streams = [mx.new_stream(mx.cpu), mx.new_stream(mx.cpu)]
+    tokenizer, train_tokens, val_tokens, model, best, optimizer, notes = prepare(resuming)
+    steps, done = count_batches(train_tokens, batch_size), len(notes["history"])
     watch = make_watch(done * steps, steps)
 
     def report(line):
-        say(f"{line}\n          {write(model, tokenizer, '', 70).translate(ONE_LINE)}")
+        say(f"{line}\n          {''.join(write(model, tokenizer, '', 70)).translate(ONE_LINE)}")
 
-    n_parameters = sum(weight.size for _, weight in tree_flatten(model.parameters()))
-    say(f"{'The small model' if small else 'The model'}: ctx_len {ctx_len}, n_emb {n_emb}, n_heads "
-        f"{n_heads}, n_layers {n_layers}, {n_parameters:,} parameters\n"
-        f"The text: {len(tokens):,} characters, {tokenizer.vocab_size} different ones")
+    n_parameters = sum(weight.size for _, weight in tree_flatten(best))
+    say(f"The {'small ' * small}model: ctx_len {ctx_len}, n_emb {n_emb}, n_heads {n_heads}, "
+        f"n_layers {n_layers}, {n_parameters:,} parameters\n"
+        f"The text: {len(train_tokens) + len(val_tokens):,} characters, "
+        f"{tokenizer.vocab_size} different ones")
     if not resuming:
         loss = evaluate(model, val_tokens[: 100 * ctx_len])  # a piece will do, and is quick
         report(f"Untrained | val = {loss:.4f} | blind guessing costs ln {tokenizer.vocab_size} = "
@@ -1048,70 +1010,63 @@ def train_and_write(resuming):
     say("Compiling the step, which can take a minute, and cannot be interrupted", passing=True)
     try:
         for epoch, *losses in train(model, optimizer, train_tokens, val_tokens, done,
-                                    partial(shared_loss, streams), watch):
+                                    make_shared_loss(), watch):
             if not math.isfinite(sum(losses)):
                 raise Refusal(f"the validation loss is {losses[1]} after epoch {epoch}: lower lr")
-            notes["history"] = [*history, losses]
-            if losses[1] == min(val for _, val in notes["history"]):
+            history = [*notes["history"], losses]
+            if losses[1] == min(val for _, val in history):
                 best = model.parameters()
-            if world.rank() == 0:
-                save(best, model, optimizer, notes)
-            history = notes["history"]  # that of the file
+            if mx.distributed.init().rank() == 0:
+                save(best, model, optimizer, {**notes, "history": history})
+            notes["history"] = history  # that of the file
             report(f"Epoch {epoch} | train = {losses[0]:.4f} | val = {losses[1]:.4f} | "
-                   f"{batch_size * ctx_len / watch.pace:,.0f} characters/s | "
-                   f"{clock(watch.pace * steps * (num_epochs - epoch - 1))} left | "
                    f"as unsure as between {math.exp(losses[1]):.1f} letters")
     except KeyboardInterrupt:
-        kept = f"{MODEL} holds epochs 0 to {len(history) - 1}: --resume goes on from there"
-        kept = kept if history else "Nothing of this run is saved yet"
-        raise KeyboardInterrupt(f"stopped. {kept}") from None
-    if world.rank() > 0:
-        return
+        raise KeyboardInterrupt(f"stopped. {len(notes['history'])} epochs of this run are saved in "
+                                f"{MODEL}: --resume goes on from there") from None
     draw_curves(history)
-    compare(notes)
-    print(f"{MODEL} holds the run. Its best weights now write {WRITTEN}. For more of it:\n"
-          "python train.py --sample, or --look with some words of the text\n")
-    text = sample_from_file("")
+    say(f"{MODEL} holds the run. Its best weights now write {WRITTEN}. For more of it:\n"
+        "python train.py --sample, or --look with some words of the text\n")
+    model.update(best)
+    text = "".join(write(model, tokenizer, "", max_new_tokens))
     replace(WRITTEN, lambda name: Path(name).write_bytes(text.encode()))
+    say(text)
+    with suppress(Refusal):  # if there is a former run, with the same text
+        if (former := load(FORMER)[3])["input.txt"] == notes["input.txt"]:
+            old, new = (min(val for _, val in run["history"]) for run in (former, notes))
+            say(f"Since {FORMER}: {changes(former, notes, SETTINGS) or 'no other setting'}, "
+                f"best val {old:.4f} to {new:.4f}")
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Train GPT-2 on input.txt and let it write. "
-                                     "All settings are constants at the top of train.py.")
-    group = parser.add_mutually_exclusive_group()
-    group.add_argument("--resume", action="store_true", help=f"go on with the run in {MODEL}")
-    group.add_argument("--sample", metavar="PROMPT", nargs="?", const="",
-                       help=f"continue PROMPT, or begin a line, with the best weights in {MODEL}")
-    group.add_argument("--look", metavar="PROMPT", help="what they look at, and expect next")
-    words = sys.argv[1:]
-    if len(words) == 2 and words[0] in ("--sample", "--look"):
-        words = ["=".join(words)]  # so that PROMPT may begin with a dash
-    arguments, rank = parser.parse_args(words), mx.distributed.init().rank()
+    rank = mx.distributed.init().rank()
     if rank > 0:  # of several processes only the first talks, and hears Ctrl-C
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     if rank > 0 or sys.stdout is None:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
     sys.stdout.reconfigure(errors="replace")  # for terminals that cannot show every character
     try:
-        if arguments.look is not None:
-            look(arguments.look)
-        elif arguments.sample is not None:
-            sample_from_file(arguments.sample)
-        else:
-            train_and_write(arguments.resume)
+        match sys.argv[1:]:
+            case []: train_and_write(resuming=False)
+            case ["--resume"]: train_and_write(resuming=True)
+            case ["--sample"]: sample_from_file("")
+            case ["--sample", prompt]: sample_from_file(prompt)
+            case ["--look", prompt]: look(prompt)
+            case _: raise Refusal("it is used like this:\n\n" + __doc__.split("\n\n")[1])
         sys.stdout.flush()
-    except (Refusal, OSError, KeyboardInterrupt, RuntimeError) as error:
-        problem, cache = error, os.path.join(tempfile.gettempdir(), "mlx")
+    except (Refusal, OSError, UnicodeDecodeError, KeyboardInterrupt, RuntimeError) as error:
+        problem, cache = str(error) or "stopped", os.path.join(tempfile.gettempdir(), "mlx")
         if isinstance(error, RuntimeError):
-            if cache not in str(error):
+            if cache not in problem:
                 raise
             problem = f"MLX cannot use {cache}: delete it, or set MLX_DISABLE_COMPILE=1"
-        newline = "\n" * sys.stdout.isatty()  # after a passing line
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # it may be what is broken
+        if isinstance(error, UnicodeDecodeError):
+            problem = f"input.txt is not UTF-8: {problem}"
         if rank == 0 and not isinstance(error, BrokenPipeError):
-            print(f"{newline}train.py: {str(problem) or 'stopped'}", file=sys.stderr)
-        if rank == 0:
-            raise SystemExit(130 if isinstance(error, KeyboardInterrupt) else 2)
+            print("\n" * sys.stdout.isatty() + f"train.py: {problem}", file=sys.stderr)
+        # At once, for it may be the output that is broken. The launcher ends all at the first that
+        # fails, so that must be the one which talks.
+        os._exit(0 if rank > 0 else 130 if isinstance(error, KeyboardInterrupt) else 2)
 
 
 if __name__ == "__main__":

@@ -51,11 +51,7 @@ def ours(tokens, compiled=True):
     mx.random.seed(0)
     model, optimizer = train.GPT(65), train.make_optimizer(10**9)
     optimizer.init(model.trainable_parameters())
-    streams = [mx.default_stream(mx.default_device())]
-    if mx.default_device() == mx.cpu:  # as a run of train.py does
-        streams = [mx.new_stream(mx.cpu), mx.new_stream(mx.cpu)]
-    epochs = train.train(model, optimizer, tokens, tokens,
-                         loss_fn=partial(train.shared_loss, streams))
+    epochs = train.train(model, optimizer, tokens, tokens, loss_fn=train.make_shared_loss())
 
     def turn():
         (mx.enable_compile if compiled else mx.disable_compile)()

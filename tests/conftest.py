@@ -30,7 +30,7 @@ unix = pytest.mark.skipif(os.name == "nt", reason="signals, pipes and limits of 
 
 # Every setting has a value here, so that no test depends on what stands in train.py.
 TINY = dict(small=True, ctx_len=12, n_emb=16, n_heads=2, n_layers=1, dropout=0.0, num_epochs=2,
-            batch_size=4, lr=1e-2, warmup_steps=3, weight_decay=0.1, betas=(0.9, 0.99),
+            batch_size=4, lr=1e-2, warmup_steps=3, weight_decay=0.1, beta1=0.9, beta2=0.99,
             max_norm=1.0, seed=0, max_new_tokens=40, temperature=0.8, top_k=40)
 TEXT = "".join(f"{n} sheep and {n * 7 % 10} goats went over the hill; one came back.\n"
                for n in range(16))
