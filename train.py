@@ -17,7 +17,7 @@ Then change something and run it again.
 GPT-2 is a network that reads a text and says what may come next, here which character. We measure
 it by its loss on text that it has never seen, and lower is better. Guessing blindly costs 4.17.
 The default model reaches 1.25 on the shipped input.txt, and the small one, which is trained where
-there is no GPU, 1.55. On Tiny Shakespeare, which others measure with, it is 1.49 and 1.78.
+there is no GPU, 1.55.
 """
 
 # /// script
@@ -75,7 +75,7 @@ seed = 0                           # another number, another run
 # The text it writes.
 max_new_tokens = 1000              # how many characters
 temperature = 0.8                  # 0: always the likeliest; 1: as the model believes; more: wilder
-top_k = 40                         # never one that is not among this many likeliest characters
+top_k = 40                         # only among this many likeliest characters
 
 # ---------------------------------------------------------------------------------------------
 # 2. Data
@@ -90,7 +90,7 @@ def load_text(path="input.txt"):
 
     Raises OSError if it cannot be read, UnicodeDecodeError if it is not UTF-8.
     """
-    return Path(path).read_text(encoding="utf-8").removeprefix("\ufeff")  # a mark some editors add
+    return Path(path).read_text(encoding="utf-8-sig")  # -sig: without the mark some editors add
 
 
 def split(tokens):
@@ -140,14 +140,17 @@ class CharTokenizer:
 #     y = 47 56 57 58  1 15 47 58        i r s t _ C i t
 #
 # One row holds T examples: after "F" comes "i", after "Fi" comes "r", and so on to "First Ci",
-# after which comes "t". The model answers all T at once, and section 6 sees to it that no position
-# can look at its own answer.
+# after which comes "t". The model answers all T at once, one at each place of the row, called a
+# position. Section 6 sees to it that no position can look at its own answer.
 #
 # A batch is B rows that know nothing of each other, stacked in one array (B, T).
 #
 # An epoch is one pass over the training text, in rows of T = ctx_len tokens. Were the text always
 # cut at the same places, a token at the start of a row would never be seen with anything before
 # it. So each epoch begins to cut at another, random place. The rows come in random order.
+#
+# The text is cut with NumPy, np. The model will compute with MLX, mx, a library of much the same
+# arrays, which can use a GPU and find gradients.
 
 
 def count_batches(tokens, batch_size):
@@ -171,8 +174,8 @@ def get_batches(tokens, batch_size, shuffle):
         starts = np.arange((len(tokens) - 1) // ctx_len) * ctx_len
     for i in range(0, len(starts), batch_size):
         # A column of starts, (B, 1), plus a row of offsets, (T + 1,): each is repeated to
-        # (B, T + 1). The sums are the places in the text of all tokens of the batch, and of the
-        # label of each row's last.
+        # (B, T + 1). The sums are the places in the text of each row and of one token more, which
+        # is the last label.
         rows = tokens[starts[i : i + batch_size, None] + np.arange(ctx_len + 1)]  # (B, T + 1)
         yield mx.array(rows[:, :-1]), mx.array(rows[:, 1:])  # (B, T) each
 
@@ -197,15 +200,15 @@ def get_batches(tokens, batch_size, shuffle):
 #
 # How low can it go? Much can be had by counting. Whoever knows how often each character occurs in
 # the training text pays 3.24 on the last tenth of the shipped text. Counting pairs of characters
-# brings that to 2.36, three together to 1.83, four to 1.51, and seven to 1.33. (What was never
-# seen is judged by its shorter ends, so nothing has probability 0.) There it stops: of all pieces
-# of nine characters, half are new. The small model, in five minutes, comes to 1.55, and the
-# default one to 1.25.
+# brings that to 2.36, three together to 1.83, four to 1.51, and seven to 1.33. (What was seen
+# seldom or never is also judged by its shorter ends. These are the figures of the best known way,
+# modified Kneser-Ney.) There it stops: of all pieces of nine characters, half are new. The small
+# model comes to 1.55, and the default one to 1.25.
 
 
 def loss_fn(model, x, y):
     """Mean cross-entropy in nats per character (a scalar array) of labels y, given x: (B, T)."""
-    return nn.losses.cross_entropy(model(x), y, reduction="mean")
+    return nn.losses.cross_entropy(model(x), y, reduction="mean")  # softmax, -ln and mean in one
 
 
 # Learning means to lower the loss by turning the parameters, the numbers inside a model. Take a
@@ -223,7 +226,7 @@ def loss_fn(model, x, y):
 #     loss        0.6931   0.5991   0.5740   0.5664   ...   0.5623
 #     gradient   -0.25    -0.128   -0.070   -0.040    ...   0
 #
-# The model ends where it believes what is so. The 2 is the learning rate. With 20 in its place the
+# It ends where p is the true share, 3/4. The 2 is the learning rate. With 20 in its place the
 # first step leads to w = 5, far beyond the goal, and the loss there is 1.26, worse than before.
 #
 # A real model has many parameters, and a nudge for each would take for ever. But it is a chain of
@@ -268,10 +271,14 @@ def loss_fn(model, x, y):
 #     the value   what I tell those who look at me
 #
 # The score that a position gives to another is the dot product of its own query and the other's
-# key. It is large where the two point the same way. Query and key differ because what one looks
-# for is not what one is: a letter within a word may look for the last space, and the space for
-# something else. Here is one head of attention, with two numbers in each query, key and value. You
-# can paste it into python:
+# key: number times number, summed, so that (1, 2) and (3, 4) give 1 * 3 + 2 * 4 = 11. It is large
+# where the two point the same way. Query and key differ because what one looks for is not what one
+# is: a letter within a word may look for the last space, and the space for something else.
+#
+# The matrix product a @ b holds all dot products of a row of a with a column of b. So one @ makes
+# all scores. A vector, taken as a single row, becomes another vector by it, and that is how the
+# learnt matrices make q, k and v. Here is one head of attention, with two numbers in each query,
+# key and value. To try it in python, copy it without the # and the spaces before each line:
 #
 #     import numpy as np
 #     q = np.array([[1, 0], [3, 0], [0, 3]])    # a row for each of 3 positions: (T, head_size)
@@ -296,7 +303,7 @@ def loss_fn(model, x, y):
 # every position is compared with every other, without a loop.
 #
 # Why divide by the square root of head_size? The larger head_size, the more products are summed in
-# a score. If the numbers in queries and keys are random, with mean 0 and variance 1, then each
+# a score. If the numbers in queries and keys are independent, with mean 0 and variance 1, each
 # product has variance 1, and a sum of 32 has variance 32. A typical score is as large as sqrt(32)
 # = 5.7, and softmax(5.7, 0) = (0.997, 0.003) looks at one position only. Divided, it is softmax(1,
 # 0) = (0.73, 0.27), which leaves something to choose. That is the general argument. A new model of
@@ -320,7 +327,7 @@ def loss_fn(model, x, y):
 #
 # In the wrong way a head would have half of the positions, and not its part of each position.
 #
-# The matrix product @ works on the last two axes and repeats that for all axes before them. So
+# The product @ works on the last two axes and repeats that for all axes before them. So
 # which axes stand last decides what is compared with what:
 #
 #     (B, n_heads, T, head_size)   scores (B, n_heads, T, T)         positions, in each row and head
@@ -352,9 +359,9 @@ class MultiHeadAttention(nn.Module):
         self.k_proj = nn.Linear(n_emb, n_emb, bias=False)
         self.v_proj = nn.Linear(n_emb, n_emb, bias=False)
         self.c_proj = nn.Linear(n_emb, n_emb)
-        # Dropout sets a random share of its input to 0 and scales up the rest. No one value can
-        # be relied on, so the model spreads what it knows, and learns less by heart. It is for
-        # training only: when we measure the model or let it write, we want all of it.
+        # Dropout sets a random share of its input to 0 and scales up the rest. The model cannot
+        # rely on any one value, and learns less by heart. It is for training only: when we measure
+        # the model or let it write, we want all of it.
         self.attn_dropout = nn.Dropout(dropout)
         self.resid_dropout = nn.Dropout(dropout)
 
@@ -371,7 +378,8 @@ class MultiHeadAttention(nn.Module):
     def weights(self, q, k):
         """How much each query looks at each key, (B, n_heads, T, S). Each row sums to 1.
 
-        S counts the keys, and the T queries belong to the last T of them. In training T = S.
+        S counts the keys, and the T queries belong to the last T of them. In training T = S. Only
+        when it writes, in section 10, are there keys of earlier positions as well.
         """
         T, S = q.shape[2], k.shape[2]
         scores = q @ k.transpose(0, 1, 3, 2) / math.sqrt(q.shape[3])  # (B, n_heads, T, S)
@@ -424,9 +432,9 @@ class MLP(nn.Module):
 #
 # What attention and MLP compute is added to x and does not replace it. So a layer has to learn
 # only what to change. And learning gets through. In a chain slopes multiply, and twelve slopes of
-# 1/2 leave 1/4096 of the gradient. But a sum grows just as fast as either of its parts: on the
-# straight path all slopes are 1, and the gradient arrives at the first block unchanged. This is
-# called a residual connection.
+# 1/2 leave 1/4096 of the gradient. But a sum grows just as fast as either of its parts. So on the
+# straight path all slopes are 1, and there the gradient passes from the last block to the first
+# unchanged; what comes through the layers is added to it. This is called a residual connection.
 # (He et al., Deep Residual Learning for Image Recognition, 2015)
 #
 # LayerNorm keeps the numbers at a size with which the layers work well. It takes each vector by
@@ -489,7 +497,7 @@ class Block(nn.Module):
 # What is not as in GPT-2: there the queries, keys and values have biases, GELU is computed by an
 # approximation with tanh, and lm_head is no matrix of its own, but wte once more, without a bias.
 # The smallest GPT-2 has n_emb = 768, 12 heads, 12 layers, ctx_len = 1024 and 50,257 tokens, which
-# makes 124 million parameters. The README shows how to load it into this file.
+# makes 124 million parameters. The README shows the edit after which this file can load it.
 # (Radford et al., Language Models are Unsupervised Multitask Learners, 2019)
 
 
@@ -498,7 +506,7 @@ def initial(name, weight):
 
     Much as in GPT-2, biases are 0 and gains 1. Matrices are random, as equal numbers would get
     equal gradients and stay equal, and small, so that all logits are close to 0 and no character
-    is preferred: the first loss must be close to ln 65, or something is wrong.
+    is preferred: the first loss must be close to ln vocab_size, or something is wrong.
     """
     if weight.ndim == 1:
         return mx.zeros_like(weight) if name.endswith("bias") else mx.ones_like(weight)
@@ -524,7 +532,7 @@ class GPT(nn.Module):
         self.update(tree_map_with_path(initial, self.parameters()))
 
     def __call__(self, tokens, start=0):
-        """The logits for tokens that stand at the positions from start on.
+        """The logits for tokens at the positions from start on, which is 0 but in section 10.
 
         Raises ValueError if these positions reach beyond ctx_len.
         """
@@ -571,11 +579,11 @@ def make_optimizer(total_steps):
 
     def decays(name, weight):
         # Only the matrices of linear layers decay: a smaller bias or gain makes no simpler model.
-        # Nor do the tables wte and wpe. (nanoGPT lets them. With the small model it matters less
-        # than another seed.)
+        # Nor do the tables wte and wpe.
         return weight.ndim == 2 and not name.startswith(("wte", "wpe"))
 
     adamw = partial(optim.AdamW, learning_rate, [beta1, beta2], bias_correction=True)
+    # What decays goes to the first of two AdamWs, and the rest to the second.
     return optim.MultiOptimizer([adamw(weight_decay=weight_decay), adamw(weight_decay=0)], [decays])
 
 
@@ -589,12 +597,12 @@ def make_optimizer(total_steps):
 # It transforms functions. nn.value_and_grad makes of loss_fn a new function, which returns the
 # loss and its gradients, in a tree like that of the parameters.
 #
-# It compiles. mx.compile runs the Python of a function once, records the operations, and from then
-# on runs only the recording, with many small operations joined into one. Tell it what else the
-# function reads and changes, as inputs and outputs: here the parameters, all that the optimizer
-# keeps, and the state of the random numbers. Everything else is frozen as it was at the first
-# call: a print in the function prints once, and dropout, which is on then, stays on. While you
-# experiment with the step, take the decorator away.
+# It compiles. mx.compile runs the Python of a function once (once for each shape of its inputs, of
+# which we have one), records the operations, and from then on runs only the recording, with many
+# small operations joined into one. Tell it what else the function reads and changes, as inputs and
+# outputs: here the parameters, all that the optimizer keeps, and the state of the random numbers.
+# Everything else is frozen as it was at the first call: a print in the function prints once, and
+# dropout, which is on then, stays on. While you experiment with the step, take the decorator away.
 
 
 def evaluate(model, tokens):
@@ -613,6 +621,7 @@ def train(model, optimizer, train_tokens, val_tokens, first_epoch=0, loss_fn=los
 
     Both losses are measured alike, on as much text, after the epoch and without dropout. loss_fn
     may be another function with the same arguments; watch is called with the loss of each step.
+    (Section 12 will use both. Until then, take no notice of them.)
     """
     loss_and_grad = nn.value_and_grad(model, loss_fn)
     state = [model.state, optimizer.state, mx.random.state]
@@ -635,8 +644,7 @@ def train(model, optimizer, train_tokens, val_tokens, first_epoch=0, loss_fn=los
             loss = step(x, y)
             mx.async_eval(loss, state)
             watch(loss)
-        seen = train_tokens[: len(val_tokens)]
-        yield epoch, evaluate(model, seen), evaluate(model, val_tokens)
+        yield epoch, evaluate(model, train_tokens[: len(val_tokens)]), evaluate(model, val_tokens)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -664,25 +672,24 @@ def train(model, optimizer, train_tokens, val_tokens, first_epoch=0, loss_fn=los
 def sample(logits, temperature=1.0, top_k=None):
     """Draws a token, an int, from logits (vocab_size,). temperature=0 takes the likeliest.
 
-    With top_k, none is drawn that is not among the k likeliest: of many unlikely ones together,
-    one would come now and then, and lead what follows astray.
+    With top_k, only the k likeliest can be drawn: of the many unlikely ones together, one would
+    come now and then, and lead what follows astray.
     """
     if temperature == 0:
         return mx.argmax(logits).item()
     candidates = mx.argsort(-logits)[:top_k]  # (top_k,) tokens, the likeliest first
-    choice = mx.random.categorical(logits[candidates] / temperature)
+    choice = mx.random.categorical(logits[candidates] / temperature)  # softmax, then a draw
     return candidates[choice].item()
 
 
-# The loop above computes everything anew for each character, although nearly all is as it was. As
-# the mask lets a position look only at earlier ones, nothing that is appended can change its
-# vectors, in any block, nor its key and value. If we keep the keys and values, only the new
-# character has to pass through the model: its query meets all the kept keys. This is the key/value
-# cache.
+# The loop above computes everything anew for each character, although, as long as the text fits
+# into ctx_len, nearly all is as it was. As the mask lets a position look only at earlier ones,
+# nothing that is appended can change its vectors, in any block, nor its key and value. If we keep
+# the keys and values, only the new character has to pass through the model: its query meets all
+# the kept keys. This is the key/value cache.
 #
-# It takes no change to the model. Of an attention layer we replace only the part that makes
-# queries, keys and values. weights() then finds T new queries and S keys, and gives causal_mask
-# both.
+# It takes no change to the model. Of an attention layer we replace only qkv(). Then weights() gets
+# T new queries and S keys.
 
 
 def remember(mha):
@@ -705,13 +712,13 @@ def generate(model, tokens, max_new_tokens, temperature=1.0, top_k=None):
 
     When all ctx_len positions are taken, the last half of them is read again, from position 0 on:
     wpe has no row beyond, and the kept keys and values belong to the old positions. Half, because
-    reading all but one again for each character would save nothing.
+    reading all but one again for each character would save nothing. So in a long text the model
+    sees between half of ctx_len and all of it.
     """
     tokens, start = list(tokens)[-model.ctx_len :], 0
     for _ in range(max_new_tokens):
         if start == 0:  # a fresh copy, which remembers nothing yet; the model stays as it is
-            reader = copy.deepcopy(model)
-            reader.eval()
+            reader = copy.deepcopy(model).eval()
             for block in reader.blocks:
                 remember(block.mha)
         logits = reader(mx.array([tokens[start:]]), start)  # (1, T, vocab_size), T new tokens
@@ -766,9 +773,9 @@ def changes(then, now, names):
 
 
 def fingerprint(text, arrays={}):
-    """64 digits, which become others when anything in a text and in arrays by name does."""
-    content = [text.encode(), *(np.array(arrays[name]).tobytes() for name in sorted(arrays))]
-    return hashlib.sha256(b"".join(content)).hexdigest()
+    """The SHA-256 of a text and of the numbers in arrays, sorted by their names."""
+    views = [arrays[name].reshape(-1).view(mx.uint8) for name in sorted(arrays)]  # of any type
+    return hashlib.sha256(text.encode() + b"".join(map(bytes, map(np.array, views)))).hexdigest()
 
 
 def replace(path, write):
@@ -824,11 +831,10 @@ def fit(found, wanted):
 def load_model(prompt):
     """The best saved model and its tokenizer, if that knows all characters of the prompt.
 
-    The settings become those of its run, but for how to write.
+    The settings that make a model become those of its run.
     """
     best, _, _, notes = load(MODEL)
-    wanted = set(SETTINGS) - {*FREE, "seed"}
-    globals().update({name: value for name, value in notes.items() if name in wanted})
+    globals().update({name: notes[name] for name in ("ctx_len", "n_emb", "n_heads", "n_layers")})
     check()
     tokenizer = CharTokenizer(notes["vocab"])
     model = GPT(tokenizer.vocab_size)
@@ -858,7 +864,7 @@ def make_shared_loss():
     def shared_loss(model, x, y):
         losses = []
         for _ in range(world.rank()):
-            mx.random.uniform()  # moves chance on, so that each process has dropout of its own
+            mx.random.uniform()  # moves chance on, so that not all drop the same values
         for i, stream in enumerate(streams):
             with mx.stream(stream):
                 rows = slice(world.rank() + i * world.size(), None, world.size() * len(streams))
@@ -890,11 +896,11 @@ def make_watch(done, steps):
             value, spoken = loss.item(), time.perf_counter()  # .item() waits for the device
             place = f"epoch {(done - 1) // steps}, step {(done - 1) % steps + 1} of {steps}"
             if not math.isfinite(value):
-                raise Refusal(f"the loss is {value} in {place}: lower lr, weight_decay or betas")
+                raise Refusal(f"loss is {value} in {place}: lower lr, weight_decay, beta1 or beta2")
             pace = (spoken - started) / (done - first)  # seconds for a step
+            left = f"{pace * (num_epochs * steps - done) / 60:.1f} min left"
             say(f"{place}, loss {value:.2f}, {batch_size * ctx_len / pace:,.0f} characters/s, "
-                f"{pace * (num_epochs * steps - done) / 60:.1f} minutes left"
-                + ", validating" * (done % steps == 0), passing=True)
+                + (left if done % steps else "validating"), passing=True)
 
     return watch
 
@@ -938,7 +944,7 @@ def look(prompt):
         for head, row in enumerate(block.mha.weights(q, k)[0, :, -1].tolist()):
             print(f"block {i}, head {head:<4}" + "".join(BLOCKS[round(8 * v)] for v in row))
         x = block(x)
-    p = mx.softmax(model(tokens)[0, -1])  # (vocab_size,)
+    p = mx.softmax(model.lm_head(model.ln_f(x))[0, -1])  # (vocab_size,)
     for token in mx.argsort(-p)[:8].tolist():
         char, share = tokenizer.vocab[token], p[token].item()
         print(f"next {char!r:>12} {share:.2f} {'█' * round(50 * share)}")
@@ -999,8 +1005,8 @@ def train_and_write(resuming):
         say(f"{line}\n          {''.join(write(model, tokenizer, '', 70)).translate(ONE_LINE)}")
 
     n_parameters = sum(weight.size for _, weight in tree_flatten(best))
-    say(f"The {'small ' * small}model: ctx_len {ctx_len}, n_emb {n_emb}, n_heads {n_heads}, "
-        f"n_layers {n_layers}, {n_parameters:,} parameters\n"
+    say(f"The {'small ' if small else ''}model: ctx_len {ctx_len}, n_emb {n_emb}, "
+        f"n_heads {n_heads}, n_layers {n_layers}, {n_parameters:,} parameters\n"
         f"The text: {len(train_tokens) + len(val_tokens):,} characters, "
         f"{tokenizer.vocab_size} different ones")
     if not resuming:
@@ -1012,7 +1018,7 @@ def train_and_write(resuming):
         for epoch, *losses in train(model, optimizer, train_tokens, val_tokens, done,
                                     make_shared_loss(), watch):
             if not math.isfinite(sum(losses)):
-                raise Refusal(f"the validation loss is {losses[1]} after epoch {epoch}: lower lr")
+                raise Refusal(f"losses are {losses} after epoch {epoch}: lower lr")
             history = [*notes["history"], losses]
             if losses[1] == min(val for _, val in history):
                 best = model.parameters()
@@ -1020,11 +1026,12 @@ def train_and_write(resuming):
                 save(best, model, optimizer, {**notes, "history": history})
             notes["history"] = history  # that of the file
             report(f"Epoch {epoch} | train = {losses[0]:.4f} | val = {losses[1]:.4f} | "
-                   f"as unsure as between {math.exp(losses[1]):.1f} letters")
+                   f"as unsure as between {math.exp(min(99, losses[1])):.1f} letters")
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"stopped. {len(notes['history'])} epochs of this run are saved in "
-                                f"{MODEL}: --resume goes on from there") from None
-    draw_curves(history)
+        n = len(notes["history"])
+        raise KeyboardInterrupt(f"stopped. {MODEL} holds {n} epochs of this run"
+                                + ": --resume goes on from there" * (n > 0)) from None
+    draw_curves(notes["history"])
     say(f"{MODEL} holds the run. Its best weights now write {WRITTEN}. For more of it:\n"
         "python train.py --sample, or --look with some words of the text\n")
     model.update(best)
@@ -1044,7 +1051,8 @@ def main():
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     if rank > 0 or sys.stdout is None:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
-    sys.stdout.reconfigure(errors="replace")  # for terminals that cannot show every character
+    with suppress(AttributeError):  # some notebooks have none
+        sys.stdout.reconfigure(errors="replace")  # for terminals that cannot show every character
     try:
         match sys.argv[1:]:
             case []: train_and_write(resuming=False)
@@ -1055,18 +1063,19 @@ def main():
             case _: raise Refusal("it is used like this:\n\n" + __doc__.split("\n\n")[1])
         sys.stdout.flush()
     except (Refusal, OSError, UnicodeDecodeError, KeyboardInterrupt, RuntimeError) as error:
-        problem, cache = str(error) or "stopped", os.path.join(tempfile.gettempdir(), "mlx")
-        if isinstance(error, RuntimeError):
-            if cache not in problem:
-                raise
-            problem = f"MLX cannot use {cache}: delete it, or set MLX_DISABLE_COMPILE=1"
+        problem = str(error) or "stopped"
+        gone = isinstance(error, BrokenPipeError) or "[ring]" in problem  # a reader, or a process
         if isinstance(error, UnicodeDecodeError):
             problem = f"input.txt is not UTF-8: {problem}"
-        if rank == 0 and not isinstance(error, BrokenPipeError):
+        if isinstance(error, RuntimeError) and not gone:
+            if not any(words in problem for words in ("shared library", "filesystem", "[Compile")):
+                raise
+            problem = problem.splitlines()[0] + ": delete that, or set MLX_DISABLE_COMPILE=1"
+        if rank > 0:
+            time.sleep(5)  # if the first process has the same to say, the launcher ends this one
+        if not gone:
             print("\n" * sys.stdout.isatty() + f"train.py: {problem}", file=sys.stderr)
-        # At once, for it may be the output that is broken. The launcher ends all at the first that
-        # fails, so that must be the one which talks.
-        os._exit(0 if rank > 0 else 130 if isinstance(error, KeyboardInterrupt) else 2)
+        os._exit(130 if isinstance(error, KeyboardInterrupt) else 2)  # the output may be broken
 
 
 if __name__ == "__main__":

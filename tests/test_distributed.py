@@ -187,7 +187,7 @@ def test_ctrl_c_under_the_launcher(folder, whom):
     for rank in (0, 1):
         wait_until_gone(folder, rank)
     if whom == "first process":  # else the launcher is gone before it can pass this on
-        assert re.search(r"train.py: stopped\. [1-9]\d* epochs of this run are saved", output)
+        assert re.search(r"train.py: stopped\. model.safetensors holds [1-9]\d* epochs", output)
     assert not list(folder.path.glob("tmp-*"))
     if whom == "everybody":
         done = saved_epoch(folder) + 1
@@ -221,6 +221,15 @@ def test_processes_that_differ(folder, difference):
     folder.write("other/input.txt", TEXT[:-3] + TEXT[-2] + TEXT[-3] + "\n")  # the same characters
     assert "the processes differ" in said(launch(folder, before=difference))
     assert not list(folder.path.rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_what_only_one_process_refuses_is_said_once(folder, rank):
+    (folder.path / "other" / "former.safetensors").mkdir(parents=True)
+    folder.write("other/input.txt", TEXT)
+    result = launch(folder, before=f"if rank == {rank}: os.chdir('other')")
+    assert "Is a directory: 'former.safetensors'" in said(result)
+    assert not list(folder.path.rglob("model.safetensors"))
 
 
 def test_processes_that_resume_different_runs(trained):
