@@ -7,7 +7,6 @@ from the median of each one's turns. Every turn in training is `STEPS` steps.
 
 import ast
 import io
-import os
 import re
 import statistics
 import subprocess
@@ -15,7 +14,6 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from functools import partial
 from pathlib import Path
 
 import mlx.core as mx

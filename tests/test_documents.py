@@ -6,6 +6,7 @@ import re
 import pytest
 import train
 from conftest import ROOT, Folder
+from test_model import count
 from test_run import EPOCH
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -115,6 +116,16 @@ def test_figures_of_the_readme_stand_in_the_notebook():
     assert not {loss for loss in losses if loss not in NOTEBOOK}
     for number in re.findall(r"\b627,\d{3}\b", README + SOURCE + NOTEBOOK):
         assert number == "627,009"  # counted in test_model
+
+
+def test_the_larger_model_has_the_parameters_told():
+    (lines,) = blocks_of(section("What a loss is worth"), "python")
+    larger = {}
+    exec(lines, larger)
+    assert set(larger) - {"__builtins__"} <= set(train.SETTINGS)
+    parameters = count(65, 128, larger["n_emb"], larger["n_layers"])  # 128: the default context
+    assert f"| **larger** | {parameters:,} |" in README and f"| {parameters:,} |" in NOTEBOOK
+    assert larger["n_emb"] % larger["n_heads"] == 0 and parameters < 5e6
 
 
 def test_differences_from_gpt2_are_those_of_the_diff():

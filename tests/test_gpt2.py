@@ -8,7 +8,7 @@ import sys
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import ROOT, Folder
+from conftest import Folder
 from test_documents import apply, blocks_of, section
 
 V, C, H, L, T = 23, 16, 4, 3, 10

@@ -1,7 +1,6 @@
 """Section 9: the optimizer against one written in NumPy, the schedule, evaluation, the loop."""
 
 import math
-from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
