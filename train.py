@@ -173,9 +173,9 @@ def get_batches(tokens, batch_size, shuffle):
     else:
         starts = np.arange((len(tokens) - 1) // ctx_len) * ctx_len
     for i in range(0, len(starts), batch_size):
-        # A column of starts, (B, 1), plus a row of offsets, (T + 1,): each is repeated to
-        # (B, T + 1). The sums are the places in the text of each row and of one token more, which
-        # is the last label.
+        # With None the starts are a column, (B, 1). It is added to a row of offsets, (T + 1,), by
+        # repeating each to (B, T + 1). The sums are the places in the text of each row and of one
+        # token more, the last label; and an array of places fetches an array of tokens.
         rows = tokens[starts[i : i + batch_size, None] + np.arange(ctx_len + 1)]  # (B, T + 1)
         yield mx.array(rows[:, :-1]), mx.array(rows[:, 1:])  # (B, T) each
 
@@ -200,10 +200,11 @@ def get_batches(tokens, batch_size, shuffle):
 #
 # How low can it go? Much can be had by counting. Whoever knows how often each character occurs in
 # the training text pays 3.24 on the last tenth of the shipped text. Counting pairs of characters
-# brings that to 2.36, three together to 1.83, four to 1.51, and seven to 1.33. (What was seen
-# seldom or never is also judged by its shorter ends. These are the figures of the best known way,
-# modified Kneser-Ney.) There it stops: of all pieces of nine characters, half are new. The small
-# model comes to 1.55, and the default one to 1.25.
+# brings that to 2.36, three together to 1.83, four to 1.51, and seven to 1.33. (Where seven were
+# seen seldom or never, their last six are asked, and so on. The usual way to mix them, by which
+# these figures were made, is called modified Kneser-Ney.) There it stops: half of that tenth's
+# pieces of nine characters never occur in the training text. The small model comes to 1.55, the
+# default one to 1.25.
 
 
 def loss_fn(model, x, y):
@@ -230,10 +231,12 @@ def loss_fn(model, x, y):
 # first step leads to w = 5, far beyond the goal, and the loss there is 1.26, worse than before.
 #
 # A real model has many parameters, and a nudge for each would take for ever. But it is a chain of
-# functions, one working on the result of the other, and in a chain slopes multiply. Say y grows 3
-# times as fast as w, and the loss falls 2 times as fast as y grows. Then the loss falls 6 times as
-# fast as w grows: its gradient for w is -2 * 3 = -6. Starting at the loss and going backwards
-# through the model, multiplying all the way, MLX gets the gradients of all parameters at once.
+# functions, one working on the result of the other, and in a chain gradients, or slopes, multiply.
+# Say z grows 3 times as fast as w, and the loss falls 2 times as fast as z grows. Then the loss
+# falls 6 times as fast as w grows: its gradient for w is -2 * 3 = -6. Starting at the loss, MLX
+# goes backwards through the model, multiplying all the way. What it has found for z serves all
+# that z is made of, and where a number is used in several places, what comes back is added. So one
+# way back gives the gradients of all parameters.
 #
 # The gradient of a batch is the mean of the gradients of its examples. What would help with only
 # one of them mostly cancels out, and what would help with many remains.
@@ -252,8 +255,9 @@ def loss_fn(model, x, y):
 #     1/2  1/2  0
 #     1/3  1/3  1/3
 #
-# The zeros are a must. What stands to the right is the very answer that is asked for, and a model
-# that may look at it learns to copy instead of to predict.
+# So the third takes a third of the first vector, of the second and of its own. The zeros are a
+# must. What stands to the right is the very answer that is asked for, and a model that may look at
+# it learns to copy instead of to predict.
 #
 # The same weights can be made by softmax. Equal scores get equal weights, and a score of -inf gets
 # none, since exp(-inf) = 0. (A score of 0 would not do. It is a score like any other.)
@@ -277,8 +281,9 @@ def loss_fn(model, x, y):
 #
 # The matrix product a @ b holds all dot products of a row of a with a column of b. So one @ makes
 # all scores. A vector, taken as a single row, becomes another vector by it, and that is how the
-# learnt matrices make q, k and v. Here is one head of attention, with two numbers in each query,
-# key and value. To try it in python, copy it without the # and the spaces before each line:
+# learnt matrices make q, k and v. Here is one such attention, called a head, with head_size = 2
+# numbers in each query, key and value. (The root in it is explained right after.) To try it in
+# python, copy it without the # and the spaces before each line:
 #
 #     import numpy as np
 #     q = np.array([[1, 0], [3, 0], [0, 3]])    # a row for each of 3 positions: (T, head_size)
@@ -298,9 +303,10 @@ def loss_fn(model, x, y):
 #     0.00  2.12  2.12         0.06  0.47  0.47       2.9   7.1
 #
 # The second query, (3, 0), fits the first key, (1, 0), so the second position takes home mostly
-# the first value. The third finds the second key and its own equally good. The line with `later`
-# compares a column of positions, (T, 1), with a row of them, (T,): each is repeated to (T, T), and
-# every position is compared with every other, without a loop.
+# the first value. The third finds the second key and its own equally good: 0.06 of (10, 0), 0.47
+# of (0, 10) and 0.47 of (5, 5) make about (2.9, 7.1). Such sums are what the last @ does. The line
+# with `later` compares a column of positions, (T, 1), with a row of them, (T,): each is repeated
+# to (T, T), and every position is compared with every other, without a loop.
 #
 # Why divide by the square root of head_size? The larger head_size, the more products are summed in
 # a score. If the numbers in queries and keys are independent, with mean 0 and variance 1, each
@@ -340,7 +346,10 @@ def loss_fn(model, x, y):
 
 
 def causal_mask(T, S):
-    """(T, S), for the last T of S positions: -inf where the one looked at stands later, else 0."""
+    """(T, S), for the last T of S positions: -inf where the one looked at stands later, else 0.
+
+    In training T = S, as above.
+    """
     return mx.where(mx.arange(S - T, S)[:, None] < mx.arange(S), -mx.inf, 0.0)
 
 
@@ -382,6 +391,7 @@ class MultiHeadAttention(nn.Module):
         when it writes, in section 10, are there keys of earlier positions as well.
         """
         T, S = q.shape[2], k.shape[2]
+        # The keys' last two axes are swapped, as k.T did above.
         scores = q @ k.transpose(0, 1, 3, 2) / math.sqrt(q.shape[3])  # (B, n_heads, T, S)
         return mx.softmax(scores + causal_mask(T, S), axis=-1)
 
@@ -559,9 +569,10 @@ class GPT(nn.Module):
 #     v = 0.99 * v + 0.01 * g * g
 #     w = w - lr * m / sqrt(v)        (m and v start at 0, and bias_correction makes up for that)
 #
-# While g stays the same, be it 0.001 or 10, the ratio m / sqrt(v) is 1 and w moves by lr. If g
-# goes to and fro between 1 and -1, nothing is sure, and the ratio is only 0.05. So Adam's steps do
-# not become smaller as the gradients do, and the learning rate has to fall towards the end.
+# While g stays the same, be it 0.001 or 10, the ratio m / sqrt(v) is 1 and w moves by lr. So steps
+# do not become smaller as gradients do. Near its goal, w would go on stepping over it, and this is
+# why the learning rate has to fall towards the end. If g goes to and fro between 1 and -1, nothing
+# is sure, and the ratio is only 0.05.
 #
 # AdamW adds weight decay: each step also shrinks the parameters by the share lr * weight_decay, so
 # that one stays large only if the gradients keep it so.
@@ -600,9 +611,10 @@ def make_optimizer(total_steps):
 # It compiles. mx.compile runs the Python of a function once (once for each shape of its inputs, of
 # which we have one), records the operations, and from then on runs only the recording, with many
 # small operations joined into one. Tell it what else the function reads and changes, as inputs and
-# outputs: here the parameters, all that the optimizer keeps, and the state of the random numbers.
-# Everything else is frozen as it was at the first call: a print in the function prints once, and
-# dropout, which is on then, stays on. While you experiment with the step, take the decorator away.
+# outputs: here the parameters (model.state), all that the optimizer keeps (m, v and the number of
+# the step), and the state of the random numbers. Everything else is frozen as it was at the first
+# call: a print in the function prints once, and dropout, which is on then, stays on. While you
+# experiment with the step, take away the line that begins with @partial.
 
 
 def evaluate(model, tokens):

@@ -128,7 +128,7 @@ def test_what_counting_reaches(shipped_text):
     for words, loss in ladder:
         found = kneser_ney(tokens[:boundary], tokens[boundary:], len(vocab), orders[words])
         assert rounded(found, loss), (words, found)
-    (length,) = said(r"of all pieces of (\w+) characters, half are new")
+    (length,) = said(r"half of that tenth's pieces of (\w+) characters never")
     n = ["seven", "eight", "nine", "ten"].index(length) + 7
     seen = {shipped_text[i : i + n] for i in range(boundary - n + 1)}
     starts = range(boundary, len(tokens) - n + 1)
@@ -208,6 +208,22 @@ def test_the_example_of_attention():
     for t, line in enumerate(printed):
         for value, text in zip([*scores[t], *weights[t], *out[t]], line.split(), strict=True):
             assert value == float(text) or rounded(value, text), line
+
+
+def test_what_the_matrix_product_is():
+    a, b, c, d, *steps, total = map(int, said(
+        r"\((\d), (\d)\) and \((\d), (\d)\) give (\d) \* (\d) \+ (\d) \* (\d) = (\d+)"))
+    assert steps == [a, c, b, d] and total == a * c + b * d
+    code = re.search(r"^ +import numpy as np\n(?: .+\n|\n)*? +out = .*$", COMMENTS, re.M)[0]
+    names = {}
+    exec(code.replace("    ", ""), names)
+    *terms, x, y = said(r"equally good: ([\d.]+) of \((\d+), (\d+)\), ([\d.]+) of \((\d+), (\d+)\) "
+                        r"and ([\d.]+) of \((\d+), (\d+)\) make about \(([\d.]+), ([\d.]+)\)")
+    for t in range(3):
+        share, first, second = terms[3 * t : 3 * t + 3]
+        assert rounded(names["weights"][2, t], share)
+        assert list(names["v"][t]) == [float(first), float(second)]
+    assert rounded(names["out"][2, 0], x) and rounded(names["out"][2, 1], y)
 
 
 def test_why_scores_are_divided():
