@@ -1041,8 +1041,8 @@ def train_and_write(resuming):
                    f"as unsure as between {math.exp(min(99, losses[1])):.1f} letters")
     except KeyboardInterrupt:
         n = len(notes["history"])
-        raise KeyboardInterrupt(f"stopped. {MODEL} holds {n} epochs of this run"
-                                + ": --resume goes on from there" * (n > 0)) from None
+        raise KeyboardInterrupt(f"stopped. Epochs of this run in {MODEL}: {n}"
+                                + ". --resume goes on from there" * (n > 0)) from None
     draw_curves(notes["history"])
     say(f"{MODEL} holds the run. Its best weights now write {WRITTEN}. For more of it:\n"
         "python train.py --sample, or --look with some words of the text\n")

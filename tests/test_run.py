@@ -607,8 +607,8 @@ def check_end(folder, process, error):
     assert process.returncode == 130, error
     assert error.strip().startswith("train.py: stopped") and len(error.strip().splitlines()) == 1
     assert not list(folder.path.glob("tmp-*"))
-    held = re.search(r"stopped\. model.safetensors holds (\d+) epochs of this run(.*)", error)
-    assert held[2] == ("" if held[1] == "0" else ": --resume goes on from there")
+    held = re.search(r"stopped\. Epochs of this run in model.safetensors: (\d+)(.*)", error)
+    assert held[2] == ("" if held[1] == "0" else ". --resume goes on from there")
     return int(held[1])
 
 
