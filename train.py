@@ -1043,7 +1043,8 @@ def train_and_write(resuming):
         n = len(notes["history"])
         raise KeyboardInterrupt(f"stopped. Epochs of this run in {MODEL}: {n}"
                                 + ". --resume goes on from there" * (n > 0)) from None
-    draw_curves(notes["history"])
+    if len(notes["history"]) > 1:
+        draw_curves(notes["history"])
     say(f"{MODEL} holds the run. Its best weights now write {WRITTEN}. For more of it:\n"
         "python train.py --sample, or --look with some words of the text\n")
     model.update(best)
