@@ -28,10 +28,10 @@ there is no GPU, 1.55.
 
 import copy
 import hashlib
+import io
 import json
 import math
 import os
-import shutil
 import signal
 import sys
 import tempfile
@@ -751,15 +751,13 @@ GPT.generate = generate  # so that model.generate(tokens, 100) works, too
 # model, shares the work, and says in one line what is wrong when something is.
 
 MODEL, FORMER, WRITTEN = "model.safetensors", "former.safetensors", "completions.txt"
-SETTINGS = {  # of each: the type, the least value, and what it must stay below
-    **dict.fromkeys("ctx_len n_emb n_heads n_layers num_epochs".split(), (int, 1, 10**9)),
-    **dict.fromkeys("batch_size max_new_tokens top_k".split(), (int, 1, 10**9)),
-    **dict.fromkeys("warmup_steps seed".split(), (int, 0, 2**32)),
-    **dict.fromkeys("lr max_norm".split(), (float, 1e-30, 1e38)),
-    **dict.fromkeys("weight_decay temperature".split(), (float, 0, 1e38)),
-    **dict.fromkeys("dropout beta1 beta2".split(), (float, 0, 1)),
-}
-FREE = "num_epochs max_new_tokens temperature top_k".split()  # a resumed run may change these
+SETTINGS = {name: limits for names, *limits in (  # type, least value, what it must stay below
+    ("ctx_len n_emb n_heads n_layers num_epochs batch_size max_new_tokens top_k", int, 1, 10**9),
+    ("warmup_steps seed", int, 0, 2**32), ("weight_decay temperature", float, 0, 1e38),
+    ("lr max_norm", float, 1e-30, 1e38), ("dropout beta1 beta2", float, 0, 1),
+) for name in names.split()}
+SHAPE = ("ctx_len", "n_emb", "n_heads", "n_layers")  # the settings that make a model
+FREE = "num_epochs max_new_tokens temperature top_k vocab history".split()  # --resume allows others
 ONE_LINE, BLOCKS = str.maketrans("\n\t", "⏎ "), " ▁▂▃▄▅▆▇█"
 
 
@@ -767,15 +765,19 @@ class Refusal(Exception):
     """Something that the user has to mend. main() says it in one line."""
 
 
+def require(condition, problem):
+    """Raises Refusal if the condition does not hold."""
+    if not condition:
+        raise Refusal(problem)
+
+
 def check():
     """The settings by their names. Raises Refusal at the first that cannot be used."""
     for name, (kind, low, high) in SETTINGS.items():
         value = globals()[name]
-        if type(value) not in (int, kind) or not low <= value < high:
-            raise Refusal(f"{name} = {value!r} must be of type {kind.__name__}, at least {low} and "
-                          f"below {high}")
-    if n_emb % n_heads:
-        raise Refusal(f"n_emb = {n_emb} must be a multiple of n_heads = {n_heads}")
+        require(type(value) in (int, kind) and low <= value < high,
+                f"{name} = {value!r} must be of type {kind.__name__}, from {low} to below {high}")
+    require(n_emb % n_heads == 0, f"n_emb = {n_emb} must be a multiple of n_heads = {n_heads}")
     return {name: globals()[name] for name in SETTINGS}
 
 
@@ -790,54 +792,39 @@ def fingerprint(text, arrays={}):
     return hashlib.sha256(text.encode() + b"".join(map(bytes, map(np.array, views)))).hexdigest()
 
 
-def replace(path, write):
-    """Has write(name) make a file of another name, which then takes the place of path."""
-    temporary = f"tmp-{os.getpid()}-{path}"
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
-        raise Refusal(f"cannot write {path}, which is as it was before: {error}") from None
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+def replace(path, data):
+    """Writes a file whole, or else leaves it as it was and raises OSError."""
+    with tempfile.TemporaryDirectory(prefix="tmp-", dir=".") as folder:
+        Path(folder, path).write_bytes(data)
+        os.replace(Path(folder, path), path)
 
 
-def save(best, model, optimizer, notes):
-    """Keeps a run in one file: the best weights, by their names, and all that --resume needs.
+def save(run, notes):
+    """Keeps a run in one file: a tree of arrays, and notes in words.
 
-    The notes are the settings, the vocab, a fingerprint of the text, and the history of losses.
-    Before the first save of a run the former run is copied to a file of its own.
+    Before the first save of a run, the former one is copied to a file of its own.
     """
-    run = {**best, "last": model.parameters(), "optimizer": optimizer.state}
-    arrays, words = dict(tree_flatten(run)), json.dumps(notes)
-
-    def write(name):
-        mx.save_safetensors(name, arrays, {"notes": words, "sha256": fingerprint(words, arrays)})
-        if len(notes["history"]) == 1 and os.path.exists(MODEL):
-            replace(FORMER, partial(shutil.copy, MODEL))
-
-    replace(MODEL, write)
+    arrays, words, file = dict(tree_flatten(run)), json.dumps(notes), io.BytesIO()
+    mx.save_safetensors(file, arrays, {"notes": words, "sha256": fingerprint(words, arrays)})
+    if len(notes["history"]) == 1 and os.path.exists(MODEL):
+        replace(FORMER, Path(MODEL).read_bytes())
+    replace(MODEL, file.getvalue())
 
 
 def load(path):
-    """What save() wrote: the trees best, last and optimizer, and the notes. Else raises Refusal."""
+    """The tree and the notes that save() wrote. Raises Refusal if the file is not as it left it."""
     try:
         arrays, metadata = mx.load(path, return_metadata=True)
-        if metadata["sha256"] != fingerprint(metadata["notes"], arrays):
-            raise ValueError
-        best = tree_unflatten(list(arrays.items()))
-        return best, best.pop("last"), best.pop("optimizer"), json.loads(metadata["notes"])
+        require(metadata["sha256"] == fingerprint(metadata["notes"], arrays), "damaged")
     except Exception:  # whatever goes wrong here, the file is none of ours
         raise Refusal(f"{path} is missing or damaged: python train.py makes one") from None
+    return tree_unflatten(list(arrays.items())), json.loads(metadata["notes"])
 
 
 def fit(found, wanted):
-    """The tree found. Raises Refusal unless its arrays have the names, shapes and types wanted."""
-    ours, theirs = ({name: (array.shape, array.dtype) for name, array in tree_flatten(tree)}
-                    for tree in (found, wanted))
-    if ours != theirs:
-        raise Refusal(f"{MODEL} does not fit this script: one of them was changed")
-    return found
+    """Raises Refusal unless the arrays of two trees have the same names, shapes and types."""
+    a, b = ({name: (x.shape, x.dtype) for name, x in tree_flatten(t)} for t in (found, wanted))
+    require(a == b, f"{MODEL} does not fit this script: one of them was changed")
 
 
 def load_model(prompt):
@@ -845,23 +832,37 @@ def load_model(prompt):
 
     The settings that make a model become those of its run.
     """
-    best, _, _, notes = load(MODEL)
-    globals().update({name: notes[name] for name in ("ctx_len", "n_emb", "n_heads", "n_layers")})
+    best, notes = load(MODEL)
+    del best["last"], best["optimizer"]
+    globals().update({name: notes[name] for name in SHAPE})
     check()
     tokenizer = CharTokenizer(notes["vocab"])
     model = GPT(tokenizer.vocab_size)
-    model.update(fit(best, model.parameters()))
-    if unknown := set(prompt) - set(tokenizer.vocab):
-        raise Refusal(f"the character {min(unknown)!r} is not one of the known {notes['vocab']!r}")
-    return model, tokenizer
+    fit(best, model.parameters())
+    for char in prompt:
+        require(char in tokenizer.vocab, f"{char!r} is not one of the known {notes['vocab']!r}")
+    return model.update(best).eval(), tokenizer
 
 
-def agree(*paths):
-    """Raises Refusal unless all processes that train together have the same settings and files."""
-    files = [Path(path).read_bytes() for path in paths if os.access(path, os.R_OK)]
-    number = int(fingerprint(repr([globals()[name] for name in SETTINGS] + files))[:7], 16)
-    if len(set(mx.distributed.all_gather(mx.array([number])).tolist())) > 1:
-        raise Refusal(f"the processes differ: settings, {' and '.join(paths)} must be the same")
+def resume(model, optimizer, notes):
+    """Goes back to the saved run, if it is the one of these notes; returns its best weights."""
+    best, saved = load(MODEL)
+    different = changes(saved, notes, [name for name in notes if name not in FREE])
+    require(not different, f"{MODEL} is of another run: {different}")
+    require(len(saved["history"]) < num_epochs,
+            f"the run in {MODEL} is finished: a larger num_epochs goes on with it")
+    weights, notes["history"] = model.parameters(), saved["history"]
+    fit(best, {**weights, "last": weights, "optimizer": optimizer.state})
+    model.update(best.pop("last"))
+    optimizer.state = best.pop("optimizer")
+    return best
+
+
+def agree(notes):
+    """Raises Refusal unless all processes that train together have the same notes."""
+    number = mx.array([int(fingerprint(json.dumps(notes))[:7], 16)])
+    require(len(set(mx.distributed.all_gather(number).tolist())) == 1,
+            f"the processes differ: settings, input.txt and {MODEL} must be the same")
 
 
 def make_shared_loss():
@@ -869,17 +870,18 @@ def make_shared_loss():
 
     MLX does the work of a stream on one processor core, so two streams keep two cores busy.
     """
-    world, streams = mx.distributed.init(), [mx.default_stream(mx.default_device())]
-    if mx.default_device() == mx.cpu and batch_size // world.size() % 2 == 0:
+    rank, size = mx.distributed.init().rank(), mx.distributed.init().size()
+    streams = [mx.default_stream(mx.default_device())]
+    if mx.default_device() == mx.cpu and batch_size // size % 2 == 0:
         streams = [mx.new_stream(mx.cpu), mx.new_stream(mx.cpu)]
 
     def shared_loss(model, x, y):
         losses = []
-        for _ in range(world.rank()):
+        for _ in range(rank):
             mx.random.uniform()  # moves chance on, so that not all drop the same values
         for i, stream in enumerate(streams):
             with mx.stream(stream):
-                rows = slice(world.rank() + i * world.size(), None, world.size() * len(streams))
+                rows = slice(rank + i * size, None, size * len(streams))
                 losses.append(loss_fn(model, x[rows], y[rows]))
         return sum(losses) / len(streams)
 
@@ -906,12 +908,12 @@ def make_watch(done, steps):
             started = spoken = time.perf_counter()
         elif done % 200 == 0 or done % steps == 0 or time.perf_counter() - spoken > pause:
             value, spoken = loss.item(), time.perf_counter()  # .item() waits for the device
-            place = f"epoch {(done - 1) // steps}, step {(done - 1) % steps + 1} of {steps}"
-            if not math.isfinite(value):
-                raise Refusal(f"loss is {value} in {place}: lower lr, weight_decay, beta1 or beta2")
+            require(math.isfinite(value),
+                    f"loss is {value} in step {done:,}: lower lr, weight_decay, beta1 or beta2")
             pace = (spoken - started) / (done - first)  # seconds for a step
             left = f"{pace * (num_epochs * steps - done) / 60:.1f} min left"
-            say(f"{place}, loss {value:.2f}, {batch_size * ctx_len / pace:,.0f} characters/s, "
+            say(f"step {done:,} of {num_epochs * steps:,}, loss {value:.2f}, "
+                f"{batch_size * ctx_len / pace:,.0f} characters/s, "
                 + (left if done % steps else "validating"), passing=True)
 
     return watch
@@ -931,7 +933,7 @@ def sample_from_file(prompt):
     print(prompt, end="")
     for char in write(model, tokenizer, prompt, max_new_tokens):
         print(char, end="", flush=True)
-    print()
+    print(flush=True)
 
 
 def draw_curves(history):
@@ -945,26 +947,24 @@ def draw_curves(history):
 def look(prompt):
     """Draws what the prompt's last character looks at, what may come next, and what is alike."""
     model, tokenizer = load_model(prompt)
-    if not 0 < len(prompt) <= ctx_len:
-        raise Refusal(f"the prompt has {len(prompt)} characters; it must have 1 to {ctx_len}")
-    model.eval()
+    require(0 < len(prompt) <= ctx_len, f"the prompt must have 1 to {ctx_len} characters")
     tokens = mx.array([tokenizer.encode(prompt)])  # (1, T)
     x = model.wte(tokens) + model.wpe(mx.arange(tokens.size))
-    print(" " * 18 + prompt.translate(ONE_LINE))
+    say(" " * 18 + prompt.translate(ONE_LINE))
     for i, block in enumerate(model.blocks):
         q, k, _ = block.mha.qkv(block.ln_1(x))
         for head, row in enumerate(block.mha.weights(q, k)[0, :, -1].tolist()):
-            print(f"block {i}, head {head:<4}" + "".join(BLOCKS[round(8 * v)] for v in row))
+            say(f"block {i}, head {head:<4}" + "".join(BLOCKS[round(8 * v)] for v in row))
         x = block(x)
     p = mx.softmax(model.lm_head(model.ln_f(x))[0, -1])  # (vocab_size,)
     for token in mx.argsort(-p)[:8].tolist():
         char, share = tokenizer.vocab[token], p[token].item()
-        print(f"next {char!r:>12} {share:.2f} {'█' * round(50 * share)}")
+        say(f"next {char!r:>12} {share:.2f} {'█' * round(50 * share)}")
     rows = model.wte.weight - model.wte.weight.mean(axis=0)  # (vocab_size, n_emb)
     rows = rows / mx.linalg.norm(rows, axis=1, keepdims=True)
     for token in tokenizer.encode(sorted(set(prompt))):
         alike = mx.argsort(-(rows @ rows[token]))[:6].tolist()
-        print("alike in wte:    ", *(repr(tokenizer.vocab[other]) for other in alike))
+        say("alike in wte:     " + " ".join(repr(tokenizer.vocab[other]) for other in alike))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -973,18 +973,16 @@ def look(prompt):
 # All of it put together: the text to tokens, a new model, the training, and some text at the end.
 
 
-def prepare(resuming):
-    """What a run needs before its first step. Raises Refusal or OSError if it cannot be had."""
-    agree("input.txt", *[MODEL] * resuming)
-    settings, text, n_processes = check(), load_text(), mx.distributed.init().size()
+def train_and_write(resuming):
+    """The whole run: reads input.txt, trains, saves after each epoch, and writes some text."""
+    settings, text, world = check(), load_text(), mx.distributed.init()
     tokenizer = CharTokenizer(text)
     train_tokens, val_tokens = split(np.array(tokenizer.encode(text), dtype=np.int32))
     steps = count_batches(train_tokens, batch_size)
-    if steps < 1 or len(val_tokens) <= ctx_len:
-        raise Refusal(f"input.txt, of {len(text)} characters, is too short for a batch of "
-                      f"{batch_size} rows of {ctx_len}, or its last tenth for one row")
-    if batch_size % n_processes:
-        raise Refusal(f"batch_size = {batch_size} must be a multiple of {n_processes} processes")
+    require(steps > 0 and len(val_tokens) > ctx_len, f"input.txt, of {len(text)} characters, is "
+            f"too short for a batch of {batch_size} rows of {ctx_len}")
+    require(batch_size % world.size() == 0,
+            f"batch_size = {batch_size} must be a multiple of {world.size()} processes")
     tempfile.TemporaryFile(dir=".").close()  # better to fail now than after the training
     for name in filter(os.path.exists, (MODEL, FORMER, WRITTEN)):
         open(name, "ab").close()
@@ -992,67 +990,46 @@ def prepare(resuming):
     mx.random.seed(seed)
     model, optimizer = GPT(tokenizer.vocab_size), make_optimizer(num_epochs * steps)
     optimizer.init(model.trainable_parameters())
-    best, notes = model.parameters(), {**settings, "input.txt": fingerprint(text)[:16],
-                                       "vocab": "".join(tokenizer.vocab), "history": []}
-    if resuming:
-        best, last, state, saved = load(MODEL)
-        fixed = [name for name in (*SETTINGS, "input.txt") if name not in FREE]
-        if differing := changes(saved, notes, fixed):
-            raise Refusal(f"{MODEL} is of another run: {differing}")
-        if len(saved["history"]) >= num_epochs:
-            raise Refusal(f"the run in {MODEL} is finished: a larger num_epochs goes on with it")
-        best, optimizer.state = fit(best, model.parameters()), fit(state, optimizer.state)
-        model.update(fit(last, best))
-        notes["history"] = saved["history"]
-    return tokenizer, train_tokens, val_tokens, model, best, optimizer, notes
+    notes = {**settings, "input.txt": fingerprint(text)[:16], "vocab": "".join(tokenizer.vocab),
+             "history": []}
+    best = resume(model, optimizer, notes) if resuming else model.parameters()
+    agree(notes)
+    history = notes["history"]
+    watch = make_watch(len(history) * steps, steps)
 
-
-def train_and_write(resuming):
-    """The whole run: reads input.txt, trains, saves after each epoch, and writes some text."""
-    tokenizer, train_tokens, val_tokens, model, best, optimizer, notes = prepare(resuming)
-    steps, done = count_batches(train_tokens, batch_size), len(notes["history"])
-    watch = make_watch(done * steps, steps)
-
-    def report(line):
-        say(f"{line}\n          {''.join(write(model, tokenizer, '', 70)).translate(ONE_LINE)}")
+    def report(title, train_loss, val_loss):
+        say(f"{title} | train = {train_loss:.4f} | val = {val_loss:.4f} | "
+            f"as unsure as between {math.exp(min(99, val_loss)):.1f} letters\n"
+            f"          {''.join(write(model, tokenizer, '', 70)).translate(ONE_LINE)}")
 
     n_parameters = sum(weight.size for _, weight in tree_flatten(best))
-    say(f"The {'small ' if small else ''}model: ctx_len {ctx_len}, n_emb {n_emb}, "
-        f"n_heads {n_heads}, n_layers {n_layers}, {n_parameters:,} parameters\n"
-        f"The text: {len(train_tokens) + len(val_tokens):,} characters, "
-        f"{tokenizer.vocab_size} different ones")
+    say(f"The {'small ' * small}model: {', '.join(f'{name} {notes[name]}' for name in SHAPE)}, "
+        f"{n_parameters:,} parameters\nThe text: {len(text):,} characters, {tokenizer.vocab_size} "
+        f"different ones. Blind guessing costs ln {tokenizer.vocab_size} = "
+        f"{math.log(tokenizer.vocab_size):.4f}")
     if not resuming:
-        loss = evaluate(model, val_tokens[: 100 * ctx_len])  # a piece will do, and is quick
-        report(f"Untrained | val = {loss:.4f} | blind guessing costs ln {tokenizer.vocab_size} = "
-               f"{math.log(tokenizer.vocab_size):.4f}")
+        pieces = train_tokens[: 100 * ctx_len], val_tokens[: 100 * ctx_len]  # are enough, and quick
+        report("Untrained", *(evaluate(model, tokens) for tokens in pieces))
     say("Compiling the step, which can take a minute, and cannot be interrupted", passing=True)
-    try:
-        for epoch, *losses in train(model, optimizer, train_tokens, val_tokens, done,
-                                    make_shared_loss(), watch):
-            if not math.isfinite(sum(losses)):
-                raise Refusal(f"losses are {losses} after epoch {epoch}: lower lr")
-            history = [*notes["history"], losses]
-            if losses[1] == min(val for _, val in history):
-                best = model.parameters()
-            if mx.distributed.init().rank() == 0:
-                save(best, model, optimizer, {**notes, "history": history})
-            notes["history"] = history  # that of the file
-            report(f"Epoch {epoch} | train = {losses[0]:.4f} | val = {losses[1]:.4f} | "
-                   f"as unsure as between {math.exp(min(99, losses[1])):.1f} letters")
-    except KeyboardInterrupt:
-        n = len(notes["history"])
-        raise KeyboardInterrupt(f"stopped. Epochs of this run in {MODEL}: {n}"
-                                + ". --resume goes on from there" * (n > 0)) from None
-    if len(notes["history"]) > 1:
-        draw_curves(notes["history"])
+    for epoch, *losses in train(model, optimizer, train_tokens, val_tokens, len(history),
+                                make_shared_loss(), watch):
+        require(math.isfinite(sum(losses)), f"losses are {losses} after epoch {epoch}: lower lr")
+        history.append(losses)
+        if losses[1] == min(val for _, val in history):
+            best = model.parameters()
+        if world.rank() == 0:
+            save({**best, "last": model.parameters(), "optimizer": optimizer.state}, notes)
+        report(f"Epoch {epoch}", *losses)
+    if len(history) > 1:
+        draw_curves(history)
     say(f"{MODEL} holds the run. Its best weights now write {WRITTEN}. For more of it:\n"
         "python train.py --sample, or --look with some words of the text\n")
-    model.update(best)
-    text = "".join(write(model, tokenizer, "", max_new_tokens))
-    replace(WRITTEN, lambda name: Path(name).write_bytes(text.encode()))
-    say(text)
+    written = "".join(write(model.update(best), tokenizer, "", max_new_tokens))
+    replace(WRITTEN, written.encode())
+    say(written)
     with suppress(Refusal):  # if there is a former run, with the same text
-        if (former := load(FORMER)[3])["input.txt"] == notes["input.txt"]:
+        former = load(FORMER)[1]
+        if former["input.txt"] == notes["input.txt"]:
             old, new = (min(val for _, val in run["history"]) for run in (former, notes))
             say(f"Since {FORMER}: {changes(former, notes, SETTINGS) or 'no other setting'}, "
                 f"best val {old:.4f} to {new:.4f}")
@@ -1060,23 +1037,18 @@ def train_and_write(resuming):
 
 def main():
     rank = mx.distributed.init().rank()
-    if rank > 0:  # of several processes only the first talks, and hears Ctrl-C
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if rank > 0 or sys.stdout is None:
+    if rank > 0 or sys.stdout is None:  # of several processes only the first talks
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
     with suppress(AttributeError):  # some notebooks have none
         sys.stdout.reconfigure(errors="replace")  # for terminals that cannot show every character
     try:
         match sys.argv[1:]:
-            case []: train_and_write(resuming=False)
-            case ["--resume"]: train_and_write(resuming=True)
-            case ["--sample"]: sample_from_file("")
-            case ["--sample", prompt]: sample_from_file(prompt)
+            case [] | ["--resume"] as words: train_and_write(resuming=bool(words))
+            case ["--sample", *words] if len(words) < 2: sample_from_file("".join(words))
             case ["--look", prompt]: look(prompt)
             case _: raise Refusal("it is used like this:\n\n" + __doc__.split("\n\n")[1])
-        sys.stdout.flush()
     except (Refusal, OSError, UnicodeDecodeError, KeyboardInterrupt, RuntimeError) as error:
-        problem = str(error) or "stopped"
+        problem = str(error) or "stopped: --resume goes on after the last finished epoch"
         gone = isinstance(error, BrokenPipeError) or "[ring]" in problem  # a reader, or a process
         if isinstance(error, UnicodeDecodeError):
             problem = f"input.txt is not UTF-8: {problem}"
@@ -1084,8 +1056,7 @@ def main():
             if not any(words in problem for words in ("shared library", "filesystem", "[Compile")):
                 raise
             problem = problem.splitlines()[0] + ": delete that, or set MLX_DISABLE_COMPILE=1"
-        if rank > 0:
-            time.sleep(5)  # if the first process has the same to say, the launcher ends this one
+        time.sleep(5 * (rank > 0))  # if the first says the same, the launcher ends this one
         if not gone:
             print("\n" * sys.stdout.isatty() + f"train.py: {problem}", file=sys.stderr)
         os._exit(130 if isinstance(error, KeyboardInterrupt) else 2)  # the output may be broken
