@@ -109,7 +109,7 @@ def split(tokens):
 #     encode("hello world") == [46, 43, 50, 50, 53, 1, 61, 53, 56, 50, 42]
 #
 # GPT-2 itself has 50,257 tokens, most of them pieces of words. With single characters the text
-# becomes longer, and there is nothing more to explain.
+# has more tokens, but how they are made needs no more explanation.
 
 
 class CharTokenizer:
@@ -154,7 +154,7 @@ class CharTokenizer:
 
 
 def count_batches(tokens, batch_size):
-    """The number of full batches in a training epoch; one row is spent on the random start."""
+    """The number of full batches in a training epoch. The random start costs one row."""
     return (len(tokens) // ctx_len - 1) // batch_size
 
 
@@ -173,9 +173,10 @@ def get_batches(tokens, batch_size, shuffle):
     else:
         starts = np.arange((len(tokens) - 1) // ctx_len) * ctx_len
     for i in range(0, len(starts), batch_size):
-        # With None the starts are a column, (B, 1). It is added to a row of offsets, (T + 1,), by
-        # repeating each to (B, T + 1). The sums are the places in the text of each row and of one
-        # token more, the last label; and an array of places fetches an array of tokens.
+        # With None the starts are a column, (B, 1). The offsets are a row, (T + 1,). Added, each is
+        # repeated to (B, T + 1): [[0], [10]] + [0, 1, 2, 3] is [[0, 1, 2, 3], [10, 11, 12, 13]].
+        # These are places in the text, here of two rows of three tokens, each with the label of
+        # the last one behind it. And an array of places fetches an array of tokens.
         rows = tokens[starts[i : i + batch_size, None] + np.arange(ctx_len + 1)]  # (B, T + 1)
         yield mx.array(rows[:, :-1]), mx.array(rows[:, 1:])  # (B, T) each
 
@@ -202,9 +203,9 @@ def get_batches(tokens, batch_size, shuffle):
 # the training text pays 3.24 on the last tenth of the shipped text. Counting pairs of characters
 # brings that to 2.36, three together to 1.83, four to 1.51, and seven to 1.33. (Where seven were
 # seen seldom or never, their last six are asked, and so on. The usual way to mix them, by which
-# these figures were made, is called modified Kneser-Ney.) There it stops: half of that tenth's
-# pieces of nine characters never occur in the training text. The small model comes to 1.55, the
-# default one to 1.25.
+# these figures were made, is called modified Kneser-Ney.) There it stops, and eight do no better:
+# half of that tenth's pieces of nine characters never occur in the training text. The small model
+# comes to 1.55, the default one to 1.25.
 
 
 def loss_fn(model, x, y):
@@ -277,7 +278,8 @@ def loss_fn(model, x, y):
 # The score that a position gives to another is the dot product of its own query and the other's
 # key: number times number, summed, so that (1, 2) and (3, 4) give 1 * 3 + 2 * 4 = 11. It is large
 # where the two point the same way. Query and key differ because what one looks for is not what one
-# is: a letter within a word may look for the last space, and the space for something else.
+# is. The last letter of "the cat" may look for the space before its word, while its own key tells
+# others that it is a t. With one vector for both, a t would above all find other ts.
 #
 # The matrix product a @ b holds all dot products of a row of a with a column of b. So one @ makes
 # all scores. A vector, taken as a single row, becomes another vector by it, and that is how the
@@ -289,7 +291,7 @@ def loss_fn(model, x, y):
 #     q = np.array([[1, 0], [3, 0], [0, 3]])    # a row for each of 3 positions: (T, head_size)
 #     k = np.array([[1, 0], [0, 1], [1, 1]])
 #     v = np.array([[10, 0], [0, 10], [5, 5]])
-#     scores = q @ k.T / np.sqrt(2)             # (T, T)
+#     scores = q @ k.T / np.sqrt(2)             # (T, T); in k.T the keys are columns
 #     position = np.arange(3)
 #     later = position[:, None] < position      # (T, T)
 #     scores = np.where(later, -np.inf, scores)
@@ -309,17 +311,19 @@ def loss_fn(model, x, y):
 # to (T, T), and every position is compared with every other, without a loop.
 #
 # Why divide by the square root of head_size? The larger head_size, the more products are summed in
-# a score. If the numbers in queries and keys are independent, with mean 0 and variance 1, each
-# product has variance 1, and a sum of 32 has variance 32. A typical score is as large as sqrt(32)
-# = 5.7, and softmax(5.7, 0) = (0.997, 0.003) looks at one position only. Divided, it is softmax(1,
-# 0) = (0.73, 0.27), which leaves something to choose. That is the general argument. A new model of
-# ours has far smaller scores, as its parameters start small, and in a short run you may find no
-# difference.
+# a score. The variance of numbers with mean 0 is the mean of their squares; its root says how large
+# they typically are. If numbers are independent, so that none tells anything about another, the
+# variance of their sum is the sum of their variances. Say the numbers in queries and keys are
+# independent, with mean 0 and variance 1. Then each product has variance 1, a sum of 32 products
+# has variance 32, and a typical score is as large as sqrt(32) = 5.7. But softmax(5.7, 0) = (0.997,
+# 0.003) looks at one position only. Divided, it is softmax(1, 0) = (0.73, 0.27), which leaves
+# something to choose. That is the general argument. A new model of ours has far smaller scores, as
+# its parameters start small, and in a short run you may find no difference.
 #
 # Why several heads? One head makes one average, so it looks for one kind of thing. n_heads of them
 # look for several kinds, each with its own queries, keys and values of head_size = n_emb / n_heads
 # numbers, so that all together have as many parameters as one large head. What they find is put
-# side by side:
+# side by side. If head(x) were the example above, for vectors x and matrices of its own, this is
 #
 #     out = np.concatenate([head(x) for head in heads], axis=-1)    # (T, n_emb)
 #
@@ -327,20 +331,22 @@ def loss_fn(model, x, y):
 # for each position, which are then cut into heads. Say we have four positions with two numbers
 # each, and two heads, which get one number each:
 #
-#     x = np.arange(8).reshape(4, 2)            position 0 has 0 1, then come 2 3, 4 5 and 6 7
-#     x.reshape(4, 2, 1).transpose(1, 0, 2)     head 0 has 0 2 4 6, head 1 has 1 3 5 7: right
-#     x.reshape(2, 4, 1)                        head 0 has 0 1 2 3, head 1 has 4 5 6 7: wrong
+#     x = np.arange(8).reshape(4, 2)            # position 0 has 0 1, then come 2 3, 4 5 and 6 7
+#     x.reshape(4, 2, 1).transpose(1, 0, 2)     # head 0 has 0 2 4 6, head 1 has 1 3 5 7: right
+#     x.reshape(2, 4, 1)                        # head 0 has 0 1 2 3, head 1 has 4 5 6 7: wrong
 #
 # In the wrong way a head would have half of the positions, and not its part of each position.
 #
-# The product @ works on the last two axes and repeats that for all axes before them. So
-# which axes stand last decides what is compared with what:
+# The product @ works on the last two axes and repeats that for all axes before them. So which axes
+# stand last decides what is compared with what:
 #
-#     (B, n_heads, T, head_size)   scores (B, n_heads, T, T)         positions, in each row and head
-#     (B, T, n_heads, head_size)   scores (B, T, n_heads, n_heads)   heads, in each row and position
+#     (B, n_heads, T, head_size)     scores (B, n_heads, T, T)
+#     (B, T, n_heads, head_size)     scores (B, T, n_heads, n_heads)
 #
-# The first is what we want. At the end transpose and reshape put the heads side by side again, and
-# a last matrix, c_proj, mixes what they have found.
+# In the first, each position is compared with each position, for every row and head by itself. That
+# is what we want. In the second, which we have without the transpose, each head is compared with
+# each head, for every row and position by itself. At the end transpose and reshape put the heads
+# side by side again, and a last matrix, c_proj, mixes what they have found.
 #
 # (Vaswani et al., Attention Is All You Need, 2017)
 
@@ -368,9 +374,9 @@ class MultiHeadAttention(nn.Module):
         self.k_proj = nn.Linear(n_emb, n_emb, bias=False)
         self.v_proj = nn.Linear(n_emb, n_emb, bias=False)
         self.c_proj = nn.Linear(n_emb, n_emb)
-        # Dropout sets a random share of its input to 0 and scales up the rest. The model cannot
-        # rely on any one value, and learns less by heart. It is for training only: when we measure
-        # the model or let it write, we want all of it.
+        # Dropout sets a random share of its input to 0, and scales up the rest to make up for it.
+        # The model cannot rely on any one value, and learns less by heart. It is for training only:
+        # when we measure the model or let it write, we want all of it.
         self.attn_dropout = nn.Dropout(dropout)
         self.resid_dropout = nn.Dropout(dropout)
 
@@ -441,17 +447,18 @@ class MLP(nn.Module):
 #          +--> ln_1 --> attention +    +--> ln_2 --> MLP +
 #
 # What attention and MLP compute is added to x and does not replace it. So a layer has to learn
-# only what to change. And learning gets through. In a chain slopes multiply, and twelve slopes of
-# 1/2 leave 1/4096 of the gradient. But a sum grows just as fast as either of its parts. So on the
-# straight path all slopes are 1, and there the gradient passes from the last block to the first
-# unchanged; what comes through the layers is added to it. This is called a residual connection.
+# only what to change. This is called a residual connection. It also lets the gradient reach the
+# first block. In a chain slopes multiply, and after twelve layers with slopes of 1/2 only 1/4096 of
+# it would be left. But a sum grows just as fast as either of its parts. So on the straight path all
+# slopes are 1, and the gradient passes unchanged; what comes through the layers is added to it.
 # (He et al., Deep Residual Learning for Image Recognition, 2015)
 #
 # LayerNorm keeps the numbers at a size with which the layers work well. It takes each vector by
 # itself, shifts and scales its n_emb numbers to mean 0 and variance 1, then multiplies each by a
-# learnt gain and adds a learnt bias. (1, 2, 6), for example, becomes (-0.93, -0.46, 1.39) before
-# gain and bias. No other position and no other row of the batch plays a part. In a block it stands
-# before attention and MLP, beside the straight path and not in it, as in GPT-2.
+# learnt gain and adds a learnt bias. (1, 2, 6), for example, has mean 3, and without it is (-2, -1,
+# 3), with variance 14/3; divided by the root of that it is (-0.93, -0.46, 1.39). No other position
+# and no other row of the batch plays a part. In a block LayerNorm stands before attention and MLP,
+# beside the straight path and not in it, as in GPT-2.
 # (Ba et al., Layer Normalization, 2016)
 
 
@@ -574,8 +581,8 @@ class GPT(nn.Module):
 # why the learning rate has to fall towards the end. If g goes to and fro between 1 and -1, nothing
 # is sure, and the ratio is only 0.05.
 #
-# AdamW adds weight decay: each step also shrinks the parameters by the share lr * weight_decay, so
-# that one stays large only if the gradients keep it so.
+# AdamW adds weight decay: each step also shrinks a parameter by the share lr * weight_decay, so
+# that it stays large only if the gradients keep it so. Which ones decay, we say below.
 # (Kingma and Ba, Adam, 2014; Loshchilov and Hutter, Decoupled Weight Decay Regularization, 2017)
 
 
@@ -593,8 +600,9 @@ def make_optimizer(total_steps):
         # Nor do the tables wte and wpe.
         return weight.ndim == 2 and not name.startswith(("wte", "wpe"))
 
+    # partial(f, a) is f with a filled in. What decays goes to the first of two AdamWs, the rest to
+    # the second.
     adamw = partial(optim.AdamW, learning_rate, [beta1, beta2], bias_correction=True)
-    # What decays goes to the first of two AdamWs, and the rest to the second.
     return optim.MultiOptimizer([adamw(weight_decay=weight_decay), adamw(weight_decay=0)], [decays])
 
 
@@ -613,8 +621,9 @@ def make_optimizer(total_steps):
 # small operations joined into one. Tell it what else the function reads and changes, as inputs and
 # outputs: here the parameters (model.state), all that the optimizer keeps (m, v and the number of
 # the step), and the state of the random numbers. Everything else is frozen as it was at the first
-# call: a print in the function prints once, and dropout, which is on then, stays on. While you
-# experiment with the step, take away the line that begins with @partial.
+# call: a print in the function prints once, and dropout, which is on then, stays on. The @ above
+# the function hands it to mx.compile and takes what comes back in its place. While you experiment
+# with the step, take that line away.
 
 
 def evaluate(model, tokens):
@@ -651,7 +660,7 @@ def train(model, optimizer, train_tokens, val_tokens, first_epoch=0, loss_fn=los
     for epoch in range(first_epoch, num_epochs):
         np.random.seed([seed, epoch])  # so that an epoch is the same, whatever came before
         mx.random.seed(np.random.randint(2**31))
-        model.train()  # dropout on, which evaluate has turned off
+        model.train()  # dropout on: for the recording, and without one after each evaluate
         for x, y in get_batches(train_tokens, batch_size, shuffle=True):
             loss = step(x, y)
             mx.async_eval(loss, state)
@@ -671,9 +680,9 @@ def train(model, optimizer, train_tokens, val_tokens, first_epoch=0, loss_fn=los
 # There must be something to continue. We begin with a newline: in the training text, what follows
 # it is the beginning of a line.
 #
-# Always taking the likeliest character soon leads in circles, since the same text has the same
-# continuation. So we draw one, with the probabilities that the model gives. Dividing the logits by
-# a temperature first makes it more careful or bolder:
+# Always taking the likeliest character soon leads in circles: once the model sees the same text
+# again, all that came after it comes again, too. So we draw one, with the probabilities that the
+# model gives. Dividing the logits by a temperature first makes it more careful or bolder:
 #
 #     logits             2      1      0
 #     temperature 0.5    0.87   0.12   0.02
@@ -695,25 +704,25 @@ def sample(logits, temperature=1.0, top_k=None):
 
 
 # The loop above computes everything anew for each character, although, as long as the text fits
-# into ctx_len, nearly all is as it was. As the mask lets a position look only at earlier ones,
-# nothing that is appended can change its vectors, in any block, nor its key and value. If we keep
-# the keys and values, only the new character has to pass through the model: its query meets all
-# the kept keys. This is the key/value cache.
+# into ctx_len, nearly all is as it was. As the mask lets a position look only at itself and at
+# earlier ones, nothing that is appended can change its vectors, in any block, nor its key and
+# value. If we keep the keys and values, only the new character has to pass through the model: its
+# query meets all the kept keys. This is the key/value cache.
 #
-# It takes no change to the model. Of an attention layer we replace only qkv(). Then weights() gets
-# T new queries and S keys.
+# The classes above stay as they are. In a copy of the model, we give each attention layer another
+# qkv(). Then weights() gets T new queries and S keys.
 
 
 def remember(mha):
     """From now on this attention layer keeps its keys and values, and each call sees all kept."""
-    new, kept = mha.qkv, []
+    only_new, kept = mha.qkv, []
 
     def qkv(x):
-        q, k, v = new(x)  # (B, n_heads, T, head_size) each
+        q, k, v = only_new(x)  # (B, n_heads, T, head_size) each
         if kept:
             k = mx.concatenate([kept[0], k], axis=2)  # (B, n_heads, S, head_size)
             v = mx.concatenate([kept[1], v], axis=2)  # (B, n_heads, S, head_size)
-        kept[:] = k, v
+        kept[:] = k, v  # for the next call
         return q, k, v
 
     mha.qkv = qkv

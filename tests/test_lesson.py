@@ -63,6 +63,13 @@ def test_tokens_and_batch(shipped_text):
         assert row[2].replace(" ", "").replace("_", " ") == shipped_text[expected]
 
 
+def test_places_of_two_rows():
+    starts, offsets, places = said(r"(\[\[0\], \[10\]\]) \+ (\[[\d, ]+\]) is (\[\[.*?\]\])")
+    starts, offsets, places = map(ast.literal_eval, (starts, offsets, places))
+    assert places == [[start + offset for offset in offsets] for (start,) in starts]
+    assert (np.array(starts) + np.array(offsets)).tolist() == places
+
+
 # Section 5
 
 
@@ -128,6 +135,8 @@ def test_what_counting_reaches(shipped_text):
     for words, loss in ladder:
         found = kneser_ney(tokens[:boundary], tokens[boundary:], len(vocab), orders[words])
         assert rounded(found, loss), (words, found)
+    assert "There it stops, and eight do no better" in PROSE
+    assert kneser_ney(tokens[:boundary], tokens[boundary:], len(vocab), 8) > found
     (length,) = said(r"half of that tenth's pieces of (\w+) characters never")
     n = ["seven", "eight", "nine", "ten"].index(length) + 7
     seen = {shipped_text[i : i + n] for i in range(boundary - n + 1)}
@@ -249,7 +258,7 @@ def test_a_new_model_has_small_scores(tiny):
 
 def test_reshapes_of_eight_numbers():
     x, text = re.search(r"^ +x = (np\.arange\(8\)\..*?) {2,}(.*)$", COMMENTS, re.M).groups()
-    ways = re.findall(r"^ +(x\.reshape\(.*?\)) {2,}(head 0 has .*): (right|wrong)$", COMMENTS, re.M)
+    ways = re.findall(r"^ +(x\.reshape\(.*?\)) {2,}# (head 0 has .*): (right|wrong)$", COMMENTS, re.M)
     assert [which for _, _, which in ways] == ["right", "wrong"]
     x = eval(x, {"np": np})
     T, n_emb = x.shape
@@ -263,7 +272,7 @@ def test_reshapes_of_eight_numbers():
 
 
 def test_what_is_compared_with_what():
-    rows = re.findall(r"^ +(\(B, .*?\)) +scores (\(B, .*?\)) ", COMMENTS, re.M)
+    rows = re.findall(r"^ +(\(B, .*?\)) +scores (\(B, .*?\))$", COMMENTS, re.M)
     assert len(rows) == 2
     sizes = dict(B=2, n_heads=3, T=5, head_size=4)
     for operand, scores in rows:
@@ -284,8 +293,12 @@ def test_gelu_table():
 
 
 def test_layer_norm_of_three_numbers():
-    before, after = said(r"(\([\d, ]+\)), for example, becomes (\([-\d., ]+\))")
+    before, mean, without, variance, after = said(
+        r"(\([\d, ]+\)), for example, has mean (\d), and without it is (\([-\d, ]+\)), with variance "
+        r"(\d+/\d+); divided by the root of that it is (\([-\d., ]+\))")
     x = np.array(ast.literal_eval(before), dtype=float)
+    assert x.mean() == float(mean) and list(x - x.mean()) == list(ast.literal_eval(without))
+    assert math.isclose(x.var(), number(variance))
     found = (x - x.mean()) / x.std()
     assert all(map(rounded, found, after.strip("()").split(", ")))
     assert np.allclose(np.array(nn.LayerNorm(3)(mx.array(x, dtype=mx.float32))), found, atol=1e-4)
