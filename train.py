@@ -29,9 +29,11 @@ there is no GPU, 1.55.
 import copy
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -768,6 +770,7 @@ SETTINGS = {name: limits for names, *limits in (  # type, least value, what it m
 SHAPE = ("ctx_len", "n_emb", "n_heads", "n_layers")  # the settings that make a model
 FREE = "num_epochs max_new_tokens temperature top_k vocab history".split()  # --resume allows others
 ONE_LINE, BLOCKS = str.maketrans("\n\t", "⏎ "), " ▁▂▃▄▅▆▇█"
+STREAMS = mx.new_stream(mx.cpu), mx.new_stream(mx.cpu)  # each is worked on by one core
 
 
 class Refusal(Exception):
@@ -786,19 +789,18 @@ def check():
         value = globals()[name]
         require(type(value) in (int, kind) and low <= value < high,
                 f"{name} = {value!r} must be of type {kind.__name__}, from {low} to below {high}")
-    require(n_emb % n_heads == 0, f"n_emb = {n_emb} must be a multiple of n_heads = {n_heads}")
+    require(n_emb % n_heads == 0, f"{n_emb = } must be a multiple of {n_heads = }")
     return {name: globals()[name] for name in SETTINGS}
 
 
-def changes(then, now, names):
-    """What differs between the notes of two runs, in words."""
-    return ", ".join(f"{n} {then.get(n)} to {now[n]}" for n in names if then.get(n) != now[n])
+def changes(then, now):
+    """How the notes `now` differ from what they were then, in words."""
+    return ", ".join(f"{n} {then.get(n)} to {now[n]}" for n in now if then.get(n) != now[n])
 
 
-def fingerprint(text, arrays={}):
-    """The SHA-256 of a text and of the numbers in arrays, sorted by their names."""
-    views = [arrays[name].reshape(-1).view(mx.uint8) for name in sorted(arrays)]  # of any type
-    return hashlib.sha256(text.encode() + b"".join(map(bytes, map(np.array, views)))).hexdigest()
+def fingerprint(text, arrays=()):
+    """The SHA-256 of a text and of the numbers in pairs (name, array), sorted by their names."""
+    return hashlib.sha256(text.encode() + b"".join(bytes(a) for _, a in sorted(arrays))).hexdigest()
 
 
 def replace(path, data):
@@ -813,88 +815,67 @@ def save(run, notes):
 
     Before the first save of a run, the former one is copied to a file of its own.
     """
-    arrays, words, file = dict(tree_flatten(run)), json.dumps(notes), io.BytesIO()
-    mx.save_safetensors(file, arrays, {"notes": words, "sha256": fingerprint(words, arrays)})
+    arrays, words, file = tree_flatten(run), json.dumps(notes), io.BytesIO()
+    mx.save_safetensors(file, dict(arrays), {"notes": words, "sha256": fingerprint(words, arrays)})
     if len(notes["history"]) == 1 and os.path.exists(MODEL):
         replace(FORMER, Path(MODEL).read_bytes())
     replace(MODEL, file.getvalue())
 
 
-def load(path):
-    """The tree and the notes that save() wrote. Raises Refusal if the file is not as it left it."""
+def load(path, expected={}):
+    """The tree and the notes that save() wrote.
+
+    Raises Refusal if the file is not as it left it, or if notes are not as expected.
+    """
     try:
         arrays, metadata = mx.load(path, return_metadata=True)
-        require(metadata["sha256"] == fingerprint(metadata["notes"], arrays), "damaged")
+        require(metadata["sha256"] == fingerprint(metadata["notes"], arrays.items()), "damaged")
     except Exception:  # whatever goes wrong here, the file is none of ours
         raise Refusal(f"{path} is missing or damaged: python train.py makes one") from None
-    return tree_unflatten(list(arrays.items())), json.loads(metadata["notes"])
+    notes = json.loads(metadata["notes"])
+    require(not changes(notes, expected), f"{path} is of another run: {changes(notes, expected)}")
+    return tree_unflatten(arrays), notes
 
 
-def fit(found, wanted):
-    """Raises Refusal unless the arrays of two trees have the same names, shapes and types."""
-    a, b = ({name: (x.shape, x.dtype) for name, x in tree_flatten(t)} for t in (found, wanted))
-    require(a == b, f"{MODEL} does not fit this script: one of them was changed")
+def adopt(module, new):
+    """Gives a module new arrays. Raises Refusal unless names, shapes and types are as before.
+
+    The script may have been edited since it saved them.
+    """
+    ours, theirs = ({name: (x.shape, x.dtype) for name, x in tree_flatten(tree)}
+                    for tree in (module.parameters(), new))
+    require(ours == theirs, f"{MODEL} does not fit this script: one of them was changed")
+    module.update(new)
 
 
-def load_model(prompt):
-    """The best saved model and its tokenizer, if that knows all characters of the prompt.
+def load_model(prompt=""):
+    """The best saved model, its tokenizer, and the prompt, if all its characters are known.
 
     The settings that make a model become those of its run.
     """
-    best, notes = load(MODEL)
-    del best["last"], best["optimizer"]
+    saved, notes = load(MODEL)
+    del saved["last"], saved["optimizer"]
     globals().update({name: notes[name] for name in SHAPE})
     check()
-    tokenizer = CharTokenizer(notes["vocab"])
-    model = GPT(tokenizer.vocab_size)
-    fit(best, model.parameters())
+    model, tokenizer = GPT(len(notes["vocab"])), CharTokenizer(notes["vocab"])
+    adopt(model, saved)
     for char in prompt:
-        require(char in tokenizer.vocab, f"{char!r} is not one of the known {notes['vocab']!r}")
-    return model.update(best).eval(), tokenizer
+        require(char in notes["vocab"], f"{char!r} is not one of the known {notes['vocab']!r}")
+    return model.eval(), tokenizer, prompt
 
 
-def resume(model, optimizer, notes):
-    """Goes back to the saved run, if it is the one of these notes; returns its best weights."""
-    best, saved = load(MODEL)
-    different = changes(saved, notes, [name for name in notes if name not in FREE])
-    require(not different, f"{MODEL} is of another run: {different}")
-    require(len(saved["history"]) < num_epochs,
-            f"the run in {MODEL} is finished: a larger num_epochs goes on with it")
-    weights, notes["history"] = model.parameters(), saved["history"]
-    fit(best, {**weights, "last": weights, "optimizer": optimizer.state})
-    model.update(best.pop("last"))
-    optimizer.state = best.pop("optimizer")
-    return best
-
-
-def agree(notes):
-    """Raises Refusal unless all processes that train together have the same notes."""
-    number = mx.array([int(fingerprint(json.dumps(notes))[:7], 16)])
-    require(len(set(mx.distributed.all_gather(number).tolist())) == 1,
-            f"the processes differ: settings, input.txt and {MODEL} must be the same")
-
-
-def make_shared_loss():
-    """loss_fn for this process's share of the rows of a batch, spread evenly over its streams.
-
-    MLX does the work of a stream on one processor core, so two streams keep two cores busy.
-    """
+def shared_loss(model, x, y):
+    """loss_fn for this process's share of the rows; on a CPU by two cores, if the share is even."""
     rank, size = mx.distributed.init().rank(), mx.distributed.init().size()
-    streams = [mx.default_stream(mx.default_device())]
-    if mx.default_device() == mx.cpu and batch_size // size % 2 == 0:
-        streams = [mx.new_stream(mx.cpu), mx.new_stream(mx.cpu)]
-
-    def shared_loss(model, x, y):
-        losses = []
-        for _ in range(rank):
-            mx.random.uniform()  # moves chance on, so that not all drop the same values
-        for i, stream in enumerate(streams):
-            with mx.stream(stream):
-                rows = slice(rank + i * size, None, size * len(streams))
-                losses.append(loss_fn(model, x[rows], y[rows]))
-        return sum(losses) / len(streams)
-
-    return shared_loss
+    for _ in range(rank):
+        mx.random.uniform()  # moves chance on, so that not all drop the same values
+    x, y = x[rank::size], y[rank::size]
+    if mx.default_device() != mx.cpu or len(x) % 2 == 1:
+        return loss_fn(model, x, y)
+    with mx.stream(STREAMS[0]):
+        half = loss_fn(model, x[::2], y[::2])
+    with mx.stream(STREAMS[1]):
+        return (half + loss_fn(model, x[1::2], y[1::2])) / 2
 
 
 def say(line, passing=False):
@@ -903,29 +884,26 @@ def say(line, passing=False):
     print("\r\033[K" * terminal + line, end="" if passing and terminal else "\n", flush=True)
 
 
-def make_watch(done, steps):
-    """A watch for train(), after `done` steps, with `steps` an epoch: progress, Refusal at nan."""
-    interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # it would reach the compiler, too
-    first, started, spoken, pause = done + 1, 0, 0, 1 if sys.stdout.isatty() else 30
+def watch_steps(done, steps, total):
+    """Tells of progress, after `done` steps of `total`, with `steps` an epoch; Refusal at nan.
 
-    def watch(loss):
-        nonlocal done, started, spoken
-        done += 1
-        if done == first:
-            mx.eval(loss)  # now all is compiled
-            signal.signal(signal.SIGINT, interrupt)
-            started = spoken = time.perf_counter()
-        elif done % 200 == 0 or done % steps == 0 or time.perf_counter() - spoken > pause:
+    A generator: it runs up to a yield and waits there until send() brings it the next loss.
+    """
+    interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # it would reach the compiler, too
+    mx.eval((yield))  # the first loss that is sent: now all is compiled
+    signal.signal(signal.SIGINT, interrupt)
+    started = spoken = time.perf_counter()
+    pause = 1 if sys.stdout.isatty() else 30
+    for step in itertools.count(done + 2):
+        loss = yield
+        if step % 200 == 0 or step % steps == 0 or time.perf_counter() - spoken > pause:
             value, spoken = loss.item(), time.perf_counter()  # .item() waits for the device
             require(math.isfinite(value),
-                    f"loss is {value} in step {done:,}: lower lr, weight_decay, beta1 or beta2")
-            pace = (spoken - started) / (done - first)  # seconds for a step
-            left = f"{pace * (num_epochs * steps - done) / 60:.1f} min left"
-            say(f"step {done:,} of {num_epochs * steps:,}, loss {value:.2f}, "
-                f"{batch_size * ctx_len / pace:,.0f} characters/s, "
-                + (left if done % steps else "validating"), passing=True)
-
-    return watch
+                    f"loss is {value} in step {step:,}: lower lr, weight_decay, beta1 or beta2")
+            pace = (spoken - started) / (step - done - 1)  # seconds for a step
+            left = f"{pace * (total - step) / 60:.1f} min left" if step % steps else "validating"
+            say(f"step {step:,} of {total:,}, loss {value:.2f}, "
+                f"{batch_size * ctx_len / pace:,.0f} characters/s, {left}", passing=True)
 
 
 def write(model, tokenizer, prompt, length):
@@ -936,13 +914,10 @@ def write(model, tokenizer, prompt, length):
         yield tokenizer.decode([token])
 
 
-def sample_from_file(prompt):
-    """Prints the prompt and how the saved model continues it, as it is made."""
-    model, tokenizer = load_model(prompt)
-    print(prompt, end="")
-    for char in write(model, tokenizer, prompt, max_new_tokens):
+def type_out(model, tokenizer, prompt):
+    """Prints the prompt and how the model continues it, as it is made."""
+    for char in itertools.chain(prompt, write(model, tokenizer, prompt, max_new_tokens), "\n"):
         print(char, end="", flush=True)
-    print(flush=True)
 
 
 def draw_curves(history):
@@ -953,27 +928,24 @@ def draw_curves(history):
         print(f"{name:>5} {losses[0]:.4f} {row} {losses[-1]:.4f}")
 
 
-def look(prompt):
+def look(model, tokenizer, prompt):
     """Draws what the prompt's last character looks at, what may come next, and what is alike."""
-    model, tokenizer = load_model(prompt)
     require(0 < len(prompt) <= ctx_len, f"the prompt must have 1 to {ctx_len} characters")
-    tokens = mx.array([tokenizer.encode(prompt)])  # (1, T)
-    x = model.wte(tokens) + model.wpe(mx.arange(tokens.size))
     say(" " * 18 + prompt.translate(ONE_LINE))
+    x = model.wte(mx.array([tokenizer.encode(prompt)])) + model.wpe(mx.arange(len(prompt)))
     for i, block in enumerate(model.blocks):
         q, k, _ = block.mha.qkv(block.ln_1(x))
         for head, row in enumerate(block.mha.weights(q, k)[0, :, -1].tolist()):
             say(f"block {i}, head {head:<4}" + "".join(BLOCKS[round(8 * v)] for v in row))
         x = block(x)
-    p = mx.softmax(model.lm_head(model.ln_f(x))[0, -1])  # (vocab_size,)
-    for token in mx.argsort(-p)[:8].tolist():
-        char, share = tokenizer.vocab[token], p[token].item()
+    p = mx.softmax(model.lm_head(model.ln_f(x))[0, -1]).tolist()  # vocab_size of them
+    for share, char in sorted(zip(p, tokenizer.vocab), reverse=True)[:8]:
         say(f"next {char!r:>12} {share:.2f} {'█' * round(50 * share)}")
-    rows = model.wte.weight - model.wte.weight.mean(axis=0)  # (vocab_size, n_emb)
-    rows = rows / mx.linalg.norm(rows, axis=1, keepdims=True)
+    # (vocab_size, n_emb), without what all rows have in common, and all made equally long
+    rows = mx.fast.rms_norm(model.wte.weight - model.wte.weight.mean(axis=0), None, 1e-12)
     for token in tokenizer.encode(sorted(set(prompt))):
         alike = mx.argsort(-(rows @ rows[token]))[:6].tolist()
-        say("alike in wte:     " + " ".join(repr(tokenizer.vocab[other]) for other in alike))
+        say("alike in wte:     " + " ".join(map(repr, tokenizer.decode(alike))))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -984,14 +956,13 @@ def look(prompt):
 
 def train_and_write(resuming):
     """The whole run: reads input.txt, trains, saves after each epoch, and writes some text."""
-    settings, text, world = check(), load_text(), mx.distributed.init()
+    settings, text, size = check(), load_text(), mx.distributed.init().size()
     tokenizer = CharTokenizer(text)
-    train_tokens, val_tokens = split(np.array(tokenizer.encode(text), dtype=np.int32))
+    parts = train_tokens, val_tokens = split(np.array(tokenizer.encode(text), dtype=np.int32))
     steps = count_batches(train_tokens, batch_size)
     require(steps > 0 and len(val_tokens) > ctx_len, f"input.txt, of {len(text)} characters, is "
             f"too short for a batch of {batch_size} rows of {ctx_len}")
-    require(batch_size % world.size() == 0,
-            f"batch_size = {batch_size} must be a multiple of {world.size()} processes")
+    require(batch_size % size == 0, f"{batch_size = } must be a multiple of {size} processes")
     tempfile.TemporaryFile(dir=".").close()  # better to fail now than after the training
     for name in filter(os.path.exists, (MODEL, FORMER, WRITTEN)):
         open(name, "ab").close()
@@ -999,49 +970,53 @@ def train_and_write(resuming):
     mx.random.seed(seed)
     model, optimizer = GPT(tokenizer.vocab_size), make_optimizer(num_epochs * steps)
     optimizer.init(model.trainable_parameters())
-    notes = {**settings, "input.txt": fingerprint(text)[:16], "vocab": "".join(tokenizer.vocab),
-             "history": []}
-    best = resume(model, optimizer, notes) if resuming else model.parameters()
-    agree(notes)
-    history = notes["history"]
-    watch = make_watch(len(history) * steps, steps)
+    run = copy.deepcopy(model)  # the best weights, and what is needed to go on from the last
+    run.last, run.optimizer = model, optimizer.state
+    notes = {**settings, "input.txt": fingerprint(text)[:16], "vocab": "".join(tokenizer.vocab)}
+    history = notes["history"] = []
+    if resuming:
+        saved, then = load(MODEL, {name: notes[name] for name in notes if name not in FREE})
+        history += then["history"]
+        require(len(history) < num_epochs, "the saved run is finished: a larger num_epochs goes on")
+        adopt(run, saved)
+    number = mx.array([int(fingerprint(json.dumps(notes))[:7], 16)])
+    require(mx.all(mx.distributed.all_gather(number) == number),
+            f"the processes differ: settings, input.txt and {MODEL} must be the same")
+    watch = watch_steps(len(history) * steps, steps, num_epochs * steps)
+    next(watch)
 
     def report(title, train_loss, val_loss):
         say(f"{title} | train = {train_loss:.4f} | val = {val_loss:.4f} | "
             f"as unsure as between {math.exp(min(99, val_loss)):.1f} letters\n"
             f"          {''.join(write(model, tokenizer, '', 70)).translate(ONE_LINE)}")
 
-    n_parameters = sum(weight.size for _, weight in tree_flatten(best))
     say(f"The {'small ' * small}model: {', '.join(f'{name} {notes[name]}' for name in SHAPE)}, "
-        f"{n_parameters:,} parameters\nThe text: {len(text):,} characters, {tokenizer.vocab_size} "
-        f"different ones. Blind guessing costs ln {tokenizer.vocab_size} = "
-        f"{math.log(tokenizer.vocab_size):.4f}")
-    if not resuming:
-        pieces = train_tokens[: 100 * ctx_len], val_tokens[: 100 * ctx_len]  # are enough, and quick
-        report("Untrained", *(evaluate(model, tokens) for tokens in pieces))
+        f"{sum(weight.size for _, weight in tree_flatten(model.parameters())):,} parameters")
+    say(f"The text: {len(text):,} characters of {tokenizer.vocab_size} kinds. "
+        f"Blind guessing costs ln {tokenizer.vocab_size} = {math.log(tokenizer.vocab_size):.4f}")
+    if not resuming:  # 100 rows are enough, and quick
+        report("Untrained", *(evaluate(model, part[: 100 * ctx_len]) for part in parts))
     say("Compiling the step, which can take a minute, and cannot be interrupted", passing=True)
-    for epoch, *losses in train(model, optimizer, train_tokens, val_tokens, len(history),
-                                make_shared_loss(), watch):
+    for epoch, *losses in train(model, optimizer, *parts, len(history), shared_loss, watch.send):
         require(math.isfinite(sum(losses)), f"losses are {losses} after epoch {epoch}: lower lr")
         history.append(losses)
         if losses[1] == min(val for _, val in history):
-            best = model.parameters()
-        if world.rank() == 0:
-            save({**best, "last": model.parameters(), "optimizer": optimizer.state}, notes)
+            run.update(model.parameters())
+        if mx.distributed.init().rank() == 0:
+            save(run.parameters(), notes)
         report(f"Epoch {epoch}", *losses)
     if len(history) > 1:
         draw_curves(history)
     say(f"{MODEL} holds the run. Its best weights now write {WRITTEN}. For more of it:\n"
         "python train.py --sample, or --look with some words of the text\n")
-    written = "".join(write(model.update(best), tokenizer, "", max_new_tokens))
+    written = "".join(write(run, tokenizer, "", max_new_tokens))
     replace(WRITTEN, written.encode())
     say(written)
     with suppress(Refusal):  # if there is a former run, with the same text
-        former = load(FORMER)[1]
-        if former["input.txt"] == notes["input.txt"]:
-            old, new = (min(val for _, val in run["history"]) for run in (former, notes))
-            say(f"Since {FORMER}: {changes(former, notes, SETTINGS) or 'no other setting'}, "
-                f"best val {old:.4f} to {new:.4f}")
+        former = load(FORMER, {"input.txt": notes["input.txt"]})[1]
+        old, new = (min(val for _, val in run["history"]) for run in (former, notes))
+        say(f"Since {FORMER}: {changes(former, settings) or 'no other setting'}, "
+            f"best val {old:.4f} to {new:.4f}")
 
 
 def main():
@@ -1053,18 +1028,17 @@ def main():
     try:
         match sys.argv[1:]:
             case [] | ["--resume"] as words: train_and_write(resuming=bool(words))
-            case ["--sample", *words] if len(words) < 2: sample_from_file("".join(words))
-            case ["--look", prompt]: look(prompt)
+            case ["--sample", *prompt] if len(prompt) < 2: type_out(*load_model(*prompt))
+            case ["--look", prompt]: look(*load_model(prompt))
             case _: raise Refusal("it is used like this:\n\n" + __doc__.split("\n\n")[1])
     except (Refusal, OSError, UnicodeDecodeError, KeyboardInterrupt, RuntimeError) as error:
         problem = str(error) or "stopped: --resume goes on after the last finished epoch"
         gone = isinstance(error, BrokenPipeError) or "[ring]" in problem  # a reader, or a process
-        if isinstance(error, UnicodeDecodeError):
-            problem = f"input.txt is not UTF-8: {problem}"
-        if isinstance(error, RuntimeError) and not gone:
-            if not any(words in problem for words in ("shared library", "filesystem", "[Compile")):
-                raise
-            problem = problem.splitlines()[0] + ": delete that, or set MLX_DISABLE_COMPILE=1"
+        match error:
+            case UnicodeDecodeError(): problem = f"input.txt is not UTF-8: {problem}"
+            case RuntimeError() if re.search(r"shared library|filesystem|\[Compile", problem):
+                problem = problem.splitlines()[0] + ": delete that, or set MLX_DISABLE_COMPILE=1"
+            case RuntimeError() if not gone: raise
         time.sleep(5 * (rank > 0))  # if the first says the same, the launcher ends this one
         if not gone:
             print("\n" * sys.stdout.isatty() + f"train.py: {problem}", file=sys.stderr)

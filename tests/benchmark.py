@@ -49,7 +49,7 @@ def ours(tokens, compiled=True):
     mx.random.seed(0)
     model, optimizer = train.GPT(65), train.make_optimizer(10**9)
     optimizer.init(model.trainable_parameters())
-    epochs = train.train(model, optimizer, tokens, tokens, loss_fn=train.make_shared_loss())
+    epochs = train.train(model, optimizer, tokens, tokens, loss_fn=train.shared_loss)
 
     def turn():
         (mx.enable_compile if compiled else mx.disable_compile)()

@@ -116,7 +116,7 @@ def test_processes_and_streams_share_all_rows(tiny, monkeypatch, size, rows):
     loss, sums = 0, {name: 0 for name, _ in tree_flatten(expected_grads)}
     for rank in range(size):
         as_process(monkeypatch, rank, size)
-        part, grads = nn.value_and_grad(model, train.make_shared_loss())(model, x, y)
+        part, grads = nn.value_and_grad(model, train.shared_loss)(model, x, y)
         loss += part.item() / size
         for name, grad in tree_flatten(grads):
             sums[name] += np.array(grad) / size
@@ -134,7 +134,7 @@ def test_dropout_differs_between_processes(tiny, monkeypatch):
         for rank in (0, 1):
             as_process(monkeypatch, rank)
             mx.random.seed(1)
-            losses.append(train.make_shared_loss()(model, x, x).item())
+            losses.append(train.shared_loss(model, x, x).item())
         assert (abs(losses[0] - losses[1]) > 1e-4) == different
 
 

@@ -109,7 +109,7 @@ def test_what_a_run_says(first_run):
     assert lines[:2] == [
         f"The small model: ctx_len 12, n_emb 16, n_heads 2, n_layers 1, "
         f"{count(vocab, 12, 16, 1):,} parameters",
-        f"The text: {len(TEXT):,} characters, {vocab} different ones. "
+        f"The text: {len(TEXT):,} characters of {vocab} kinds. "
         f"Blind guessing costs ln {vocab} = {math.log(vocab):.4f}"]
     losses = re.match(r"Untrained \| train = (\d\.\d{4}) \| val = (\d\.\d{4}) \| as ", lines[2])
     assert all(abs(float(loss) - math.log(vocab)) < 0.1 for loss in losses.groups())
@@ -236,13 +236,20 @@ def test_curves_close_a_run(first_run):
     assert f"train {t0} {rows[0]} {t1}\n  val {v0} {rows[1]} {v1}\n" in first_run[1].stdout
 
 
+def watching(*arguments):
+    """What train() calls with each loss."""
+    watch = train.watch_steps(*arguments)
+    next(watch)
+    return watch.send
+
+
 @pytest.mark.parametrize("terminal, pause", [(False, 30), (True, 1)])
 def test_no_long_silence(tiny, capsys, monkeypatch, terminal, pause):
     tiny(num_epochs=3)
     now = [1000.0]
     monkeypatch.setattr(train, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
-    watch = train.make_watch(0, 100)
+    watch = watching(0, 100, 300)
     assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN  # it would reach the compiler
     watch(mx.array(2.5))
     assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
@@ -268,7 +275,7 @@ def test_no_long_silence(tiny, capsys, monkeypatch, terminal, pause):
 @pytest.mark.parametrize("good", [1, 250])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_loss_that_is_not_finite_is_noticed_soon(tiny, capsys, good, bad):
-    watch = train.make_watch(0, 10_000)
+    watch = watching(0, 10_000, 20_000)
     for _ in range(good):
         watch(mx.array(2.0))
     with pytest.raises(train.Refusal, match=f"loss is {bad} in step ") as end:
@@ -450,7 +457,7 @@ def test_look_inside(here, tiny, first_run, capsys):
         saved[name] = saved[f"last.{name}"] = weight + noise
     write_run(saved, {**json.loads(metadata["notes"]), "n_layers": 2})
     prompt, vocab = "\n7 sheep an", "".join(sorted(set(TEXT)))
-    train.look(prompt)
+    train.look(*train.load_model(prompt))
     first, *lines = capsys.readouterr().out.splitlines()
 
     weights = [(n, w) for n, w in saved.items() if not n.startswith(("last.", "optimizer."))]
@@ -675,14 +682,15 @@ def resumed(monkeypatch):
         found.extend((model, optimizer))
         yield 9, math.inf, 9.0  # is worse than the best, and ends the run
 
-    def keeping(*arguments):
-        found.append(resume(*arguments))
-        return found[-1]
+    def keeping(run, tree):
+        adopt(run, tree)
+        found.append({name: w for name, w in run.parameters().items()
+                      if name not in ("last", "optimizer")})
 
-    resume = train.resume
+    adopt = train.adopt
     with monkeypatch.context() as patched:
         patched.setattr(train, "train", first_epoch)
-        patched.setattr(train, "resume", keeping)
+        patched.setattr(train, "adopt", keeping)
         with pytest.raises(train.Refusal) as end:
             train.train_and_write(resuming=True)
     if "losses are" not in str(end.value):

@@ -110,7 +110,7 @@ def test_streams_share_a_batch(tiny, rows):
     model, _, _, _ = setup()
     x, y = mx.random.randint(0, V, (2, rows, 12))
     expected, grads = nn.value_and_grad(model, train.loss_fn)(model, x, y)
-    loss, found = nn.value_and_grad(model, train.make_shared_loss())(model, x, y)
+    loss, found = nn.value_and_grad(model, train.shared_loss)(model, x, y)
     assert abs(loss.item() - expected.item()) < 1e-6
     for (n, a), (_, b) in zip(tree_flatten(found), tree_flatten(grads)):
         assert mx.abs(a - b).max() < 1e-6, n
@@ -203,7 +203,7 @@ def test_dropout_is_active_in_training_only(tiny):
 def of_text(before=lambda model: None, between=lambda model: None, during=lambda model: None,
             called=lambda x: None):
     """A training on TEXT, into which a user breaks: its losses, and those of all its steps."""
-    shared_loss = train.make_shared_loss()  # as a run does
+    shared_loss = train.shared_loss  # as a run does
     tokenizer = train.CharTokenizer(TEXT)
     parts = train.split(np.array(tokenizer.encode(TEXT), dtype=np.int32))
     mx.random.seed(train.seed)
