@@ -63,11 +63,11 @@ def launch(folder, *arguments, before=""):
 NOTING = """
 from mlx.utils import tree_flatten
 evaluate, make_optimizer, kept = train.evaluate, train.make_optimizer, []
-def noting(model, tokens):
+def noting(model, tokens, loss_fn=train.loss_fn):
     with open(f"weights.{rank}", "a") as file:
         for name, w in tree_flatten([model.parameters(), kept[0].state]):
             print(name, train.np.array(w).tobytes().hex(), file=file)
-    return evaluate(model, tokens)
+    return evaluate(model, tokens, loss_fn)
 def keeping(steps):
     kept.append(make_optimizer(steps))
     return kept[0]

@@ -218,7 +218,8 @@ def of_text(before=lambda model: None, between=lambda model: None, during=lambda
         during(model)
 
     def loss_fn(model, x, y):
-        called(x)
+        if model.training:  # evaluate uses it, too
+            called(x)
         return shared_loss(model, x, y)
 
     before(model)
