@@ -148,8 +148,9 @@ class CharTokenizer:
 # A batch is B rows that know nothing of each other, stacked in one array (B, T).
 #
 # An epoch is one pass over the training text, in rows of T = ctx_len tokens. Were the text always
-# cut at the same places, a token at the start of a row would never be seen with anything before
-# it. So each epoch begins to cut at another, random place. The rows come in random order.
+# cut at the same places, the model would read a token at the start of a row only ever without what
+# stands before it. So each epoch begins to cut at another, random place. The rows come in random
+# order.
 #
 # The text is cut with NumPy, np. The model will compute with MLX, mx, a library of much the same
 # arrays, which can use a GPU and find gradients.
@@ -202,12 +203,12 @@ def get_batches(tokens, batch_size, shuffle):
 # With a loss of 1.5 one is as unsure as between exp(1.5) = 4.5 equally likely characters.
 #
 # How low can it go? Much can be had by counting. Whoever knows how often each character occurs in
-# the training text pays 3.24 on the last tenth of the shipped text. Counting pairs of characters
-# brings that to 2.36, three together to 1.83, four to 1.51, and seven to 1.33. (Where seven were
-# seen seldom or never, their last six are asked, and so on. The usual way to mix them, by which
-# these figures were made, is called modified Kneser-Ney.) There it stops, and eight do no better:
-# half of that tenth's pieces of nine characters never occur in the training text. The small model
-# comes to 1.55, the default one to 1.25.
+# the training text pays 3.24 on the last tenth of the shipped text. Counting pairs of characters,
+# the one to guess and the one before it, brings that to 2.36, three together to 1.83, four to 1.51,
+# and seven to 1.33. (Where seven were seen seldom or never, their last six are asked, and so on.
+# The usual way to mix them, by which these figures were made, is called modified Kneser-Ney.) There
+# it stops, and eight do no better: more than a third of that tenth's pieces of eight characters
+# never occur in the training text. The small model comes to 1.55, the default one to 1.25.
 
 
 def loss_fn(model, x, y):
@@ -217,8 +218,8 @@ def loss_fn(model, x, y):
 
 # Learning means to lower the loss by turning the parameters, the numbers inside a model. Take a
 # tiny model with one parameter w, for a language of only two letters. It gives "a" the logit w and
-# "b" the logit 0, so p = 1 / (1 + exp(-w)) is its probability of "a". Three letters of four in the
-# training text are an "a", so the loss is -(3/4) ln p - (1/4) ln(1 - p).
+# "b" the logit 0, so the probability of "a" is p = exp(w) / (exp(w) + 1), as exp(0) = 1. Three
+# letters of four in the training text are an "a", so the loss is -(3/4) ln p - (1/4) ln(1 - p).
 #
 # Which way should w be turned? At w = 0 the loss is 0.6931. Nudge w by 0.001, and the loss falls
 # by 0.00025. Their ratio, -0.25, is the gradient: how fast the loss grows when w grows. Here it is
@@ -238,8 +239,8 @@ def loss_fn(model, x, y):
 # Say z grows 3 times as fast as w, and the loss falls 2 times as fast as z grows. Then the loss
 # falls 6 times as fast as w grows: its gradient for w is -2 * 3 = -6. Starting at the loss, MLX
 # goes backwards through the model, multiplying all the way. What it has found for z serves all
-# that z is made of, and where a number is used in several places, what comes back is added. So one
-# way back gives the gradients of all parameters.
+# that z is made of. Where a number is used in several places, what comes back is added: w has the
+# slope 5 in 3 * w + 2 * w. So one way back gives the gradients of all parameters.
 #
 # The gradient of a batch is the mean of the gradients of its examples. What would help with only
 # one of them mostly cancels out, and what would help with many remains.
@@ -284,8 +285,8 @@ def loss_fn(model, x, y):
 # others that it is a t. With one vector for both, a t would above all find other ts.
 #
 # The matrix product a @ b holds all dot products of a row of a with a column of b. So one @ makes
-# all scores. A vector, taken as a single row, becomes another vector by it, and that is how the
-# learnt matrices make q, k and v. Here is one such attention, called a head, with head_size = 2
+# all scores. And x @ W, with vectors as the rows of x and a learnt matrix W, holds other vectors:
+# that is how q, k and v are made. Here is one such attention, called a head, with head_size = 2
 # numbers in each query, key and value. (The root in it is explained right after.) To try it in
 # python, copy it without the # and the spaces before each line:
 #
@@ -316,16 +317,17 @@ def loss_fn(model, x, y):
 # a score. The variance of numbers with mean 0 is the mean of their squares; its root says how large
 # they typically are. If numbers are independent, so that none tells anything about another, the
 # variance of their sum is the sum of their variances. Say the numbers in queries and keys are
-# independent, with mean 0 and variance 1. Then each product has variance 1, a sum of 32 products
-# has variance 32, and a typical score is as large as sqrt(32) = 5.7. But softmax(5.7, 0) = (0.997,
-# 0.003) looks at one position only. Divided, it is softmax(1, 0) = (0.73, 0.27), which leaves
-# something to choose. That is the general argument. A new model of ours has far smaller scores, as
-# its parameters start small, and in a short run you may find no difference.
+# independent, with mean 0 and variance 1. Then each product has mean 0 and variance 1 * 1, a sum of
+# 32 products has variance 32, and a typical score is as large as sqrt(32) = 5.7. But softmax(5.7,
+# 0) = (0.997, 0.003) looks at one position only. Divided, it is softmax(1, 0) = (0.73, 0.27), which
+# leaves something to choose. That is the general argument. A new model of ours has far smaller
+# scores, as its parameters start small, and in a short run you may find no difference.
 #
 # Why several heads? One head makes one average, so it looks for one kind of thing. n_heads of them
 # look for several kinds, each with its own queries, keys and values of head_size = n_emb / n_heads
 # numbers, so that all together have as many parameters as one large head. What they find is put
-# side by side. If head(x) were the example above, for vectors x and matrices of its own, this is
+# side by side. With a function head(x) for each, which makes q, k and v of x by matrices of its own
+# and goes on as above, this is
 #
 #     out = np.concatenate([head(x) for head in heads], axis=-1)    # (T, n_emb)
 #
@@ -415,9 +417,9 @@ class MultiHeadAttention(nn.Module):
 #
 # Attention moves information between positions. The MLP ("multi-layer perceptron") then works on
 # what has arrived, at each position by itself. It is two matrices with a function between them.
-# Without the function they could do no more than one matrix, as (x @ M) @ N = x @ (M @ N). In
-# GPT-2 it is GELU: x times the probability that a number drawn from the standard normal
-# distribution is below x.
+# Without the function they could do no more than one matrix, as (x @ M) @ N = x @ (M @ N), and a
+# matrix can only weigh and add. In GPT-2 the function is GELU: x times the probability that a
+# number drawn from the standard normal distribution is below x.
 #
 #     x           -3       -1       0        1        3
 #     gelu(x)     -0.004   -0.159   0        0.841    2.996
@@ -451,8 +453,9 @@ class MLP(nn.Module):
 # What attention and MLP compute is added to x and does not replace it. So a layer has to learn
 # only what to change. This is called a residual connection. It also lets the gradient reach the
 # first block. In a chain slopes multiply, and after twelve layers with slopes of 1/2 only 1/4096 of
-# it would be left. But a sum grows just as fast as either of its parts. So on the straight path all
-# slopes are 1, and the gradient passes unchanged; what comes through the layers is added to it.
+# it would be left. But a sum grows just as fast as the one of its parts that is turned. So on the
+# straight path all slopes are 1, and the gradient passes unchanged; what comes through the layers
+# is added to it.
 # (He et al., Deep Residual Learning for Image Recognition, 2015)
 #
 # LayerNorm keeps the numbers at a size with which the layers work well. It takes each vector by
@@ -529,9 +532,10 @@ def initial(name, weight):
     """
     if weight.ndim == 1:
         return mx.zeros_like(weight) if name.endswith("bias") else mx.ones_like(weight)
-    # Each block adds two things to x, the outputs of its c_proj layers. A sum of N independent
-    # numbers of mean 0 is typically sqrt(N) times as large as one of them. Dividing by that keeps
-    # x the same size for any number of blocks.
+    # std is the root of the variance; 0.02 is GPT-2's. Each block adds two things to x, the outputs
+    # of its c_proj layers. A sum of N independent numbers of mean 0 is typically sqrt(N) times as
+    # large as one of them. Dividing by that, with N = 2 * n_layers, keeps x the same size for any
+    # number of blocks.
     std = 0.02 / math.sqrt(2 * n_layers) if name.endswith("c_proj.weight") else 0.02
     return mx.random.normal(weight.shape, scale=std)
 
@@ -571,17 +575,17 @@ class GPT(nn.Module):
 # A step takes a batch and turns every parameter a little against its gradient. How far? Plain
 # steps of lr * gradient, as in section 5, seldom suit all parameters at once: their gradients
 # differ in size by orders of magnitude. Adam brings them to one scale. For each parameter it keeps
-# a running mean m of its gradient g and a running mean v of the square. In each step, with beta1 =
-# 0.9 and beta2 = 0.99,
+# a running mean m of its gradient g and a running mean v of the square (no value of attention). In
+# each step, with beta1 = 0.9 and beta2 = 0.99,
 #
 #     m = 0.9 * m + 0.1 * g
 #     v = 0.99 * v + 0.01 * g * g
 #     w = w - lr * m / sqrt(v)        (m and v start at 0, and bias_correction makes up for that)
 #
 # While g stays the same, be it 0.001 or 10, the ratio m / sqrt(v) is 1 and w moves by lr. So steps
-# do not become smaller as gradients do. Near its goal, w would go on stepping over it, and this is
-# why the learning rate has to fall towards the end. If g goes to and fro between 1 and -1, nothing
-# is sure, and the ratio is only 0.05.
+# do not become smaller as gradients do, and w steps over its goal. There g goes to and fro: between
+# 1 and -1, for example, the ratio is only 0.05. But it is not 0, and w does not come to rest. This
+# is why the learning rate has to fall towards the end.
 #
 # AdamW adds weight decay: each step also shrinks a parameter by the share lr * weight_decay, so
 # that it stays large only if the gradients keep it so. Which ones decay, we say below.
@@ -653,8 +657,9 @@ def train(model, optimizer, train_tokens, val_tokens, first_epoch=0, loss_fn=los
     def step(x, y):
         loss, grads = loss_and_grad(model, x, y)
         grads = nn.average_gradients(grads)  # does nothing, unless several processes train together
-        # All gradients together, taken as one long vector, are shortened to max_norm if they are
-        # longer: m and v would remember one odd batch for a long time.
+        # All gradients together are taken as one long vector. If its length, which is the root of
+        # the sum of all squares, is above max_norm, it is shortened to that: m and v would remember
+        # one odd batch for a long time.
         grads, _ = optim.clip_grad_norm(grads, max_norm)
         optimizer.update(model, grads)
         return loss
@@ -662,7 +667,8 @@ def train(model, optimizer, train_tokens, val_tokens, first_epoch=0, loss_fn=los
     for epoch in range(first_epoch, num_epochs):
         np.random.seed([seed, epoch])  # so that an epoch is the same, whatever came before
         mx.random.seed(np.random.randint(2**31))
-        model.train()  # dropout on: for the recording, and without one after each evaluate
+        # evaluate has turned dropout off. A recording keeps it on, but must be made with it on.
+        model.train()
         for x, y in get_batches(train_tokens, batch_size, shuffle=True):
             loss = step(x, y)
             mx.async_eval(loss, state)

@@ -126,8 +126,8 @@ def kneser_ney(train_tokens, val_tokens, vocab_size, order):
 
 
 def test_what_counting_reaches(shipped_text):
-    ladder = re.findall(r"(pays|that to|three together to|four to|seven to) (\d\.\d\d)\b", PROSE)
-    orders = {"pays": 1, "that to": 2, "three together to": 3, "four to": 4, "seven to": 7}
+    ladder = re.findall(r"(pays|brings that to|three together to|four to|seven to) (\d\.\d\d)\b", PROSE)
+    orders = {"pays": 1, "brings that to": 2, "three together to": 3, "four to": 4, "seven to": 7}
     assert [orders[words] for words, _ in ladder][:3] == [1, 2, 3]
     vocab = {c: i for i, c in enumerate(sorted(set(shipped_text)))}
     tokens = np.array([vocab[c] for c in shipped_text])
@@ -137,12 +137,10 @@ def test_what_counting_reaches(shipped_text):
         assert rounded(found, loss), (words, found)
     assert "There it stops, and eight do no better" in PROSE
     assert kneser_ney(tokens[:boundary], tokens[boundary:], len(vocab), 8) > found
-    (length,) = said(r"half of that tenth's pieces of (\w+) characters never")
-    n = ["seven", "eight", "nine", "ten"].index(length) + 7
-    seen = {shipped_text[i : i + n] for i in range(boundary - n + 1)}
-    starts = range(boundary, len(tokens) - n + 1)
-    new = sum(shipped_text[i : i + n] not in seen for i in starts) / len(starts)
-    assert 0.45 < new < 0.55
+    assert said(r"more than a third of that tenth's pieces of (\w+) characters") == ["eight"]
+    seen = {shipped_text[i : i + 8] for i in range(boundary - 7)}
+    starts = range(boundary, len(tokens) - 7)
+    assert 1 / 3 < sum(shipped_text[i : i + 8] not in seen for i in starts) / len(starts) < 0.4
 
 
 def test_gradient_by_hand():
@@ -382,7 +380,7 @@ def test_adam_with_numbers():
         for n in (1, 2, 100):
             assert rounded(adam([g] * n), ratio)
             assert abs(adam_of_mlx([g] * n) - adam([g] * n)) < 1e-3
-    (ratio,) = said(r"between 1 and -1, nothing is sure, and the ratio is only ([\d.]+\d)")
+    (ratio,) = said(r"between 1 and -1, for example, the ratio is only ([\d.]+\d)")
     for n in (2, 10, 1000):
         assert rounded(abs(adam([1, -1] * (n // 2))), ratio)
     assert abs(adam_of_mlx([1, -1] * 5) - adam([1, -1] * 5)) < 1e-3
