@@ -30,6 +30,7 @@ from test_training import of_text, same
 EPOCH = re.compile(r"^Epoch (\d+) \| train = (\d\.\d{4}) \| val = (\d\.\d{4}) \| "
                    r"as unsure as between \d+\.\d letters$", re.M)
 BLOCKS = " ▁▂▃▄▅▆▇█"
+STEPS = (len(TEXT) * 9 // 10 // 12 - 1) // 4  # in an epoch of a run in tiny settings
 STOPPED = "train.py: stopped: --resume goes on after the last finished epoch"
 
 
@@ -116,9 +117,8 @@ def test_what_a_run_says(first_run):
     assert lines[3].startswith(" " * 10) and len(lines[3]) == 10 + 70
     assert set(lines[3][10:]) <= set(TEXT) | {"⏎"} and len(set(lines[3])) > 20  # random letters
     assert "ompiling" in lines[4]
-    steps = (len(TEXT) * 9 // 10 // 12 - 1) // 4
     for epoch, at in ((0, 5), (1, 8)):
-        assert re.fullmatch(rf"step {(epoch + 1) * steps} of {2 * steps}, loss \d\.\d\d, "
+        assert re.fullmatch(rf"step {(epoch + 1) * STEPS} of {2 * STEPS}, loss \d\.\d\d, "
                             r"[\d,]+ characters/s, validating", lines[at])
         assert (found := EPOCH.match(lines[at + 1])) and int(found[1]) == epoch
         unsure = re.search(r"as .*?(\d+\.\d) letters", lines[at + 1])[1]
@@ -244,18 +244,19 @@ def watching(*arguments):
 
 
 @pytest.mark.parametrize("terminal, pause", [(False, 30), (True, 1)])
-def test_no_long_silence(tiny, capsys, monkeypatch, terminal, pause):
+@pytest.mark.parametrize("resumed_at", [0, 100])
+def test_no_long_silence(tiny, capsys, monkeypatch, terminal, pause, resumed_at):
     tiny(num_epochs=3)
     now = [1000.0]
     monkeypatch.setattr(train, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
-    watch = watching(0, 100, 300)
+    watch = watching(resumed_at, 100, 300)
     assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN  # it would reach the compiler
     watch(mx.array(2.5))
     assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
     capsys.readouterr()
     spoken = now[0]
-    for done in range(2, 301):
+    for done in range(resumed_at + 2, 301):
         now[0] += 0.75
         watch(mx.array(2.5))
         line = capsys.readouterr().out
@@ -435,6 +436,12 @@ def test_sample_is_by_the_constants_in_the_file(trained):
     assert trained.run("--sample", "7").stdout != before
 
 
+@pytest.mark.parametrize("arguments", [["--sample"], ["--look", "7"]])
+def test_settings_are_checked_before_a_model_writes(trained, arguments):
+    trained.edit(temperature="hot")
+    assert "temperature = 'hot' must be" in complaint(trained, *arguments)
+
+
 def test_text_of_another_world(folder):
     text = "🌙 床前明月光,疑是地上霜。\r\n举头望明月,低头思故乡。 🌕\r\n" * 30
     folder.write("input.txt", b"\xef\xbb\xbf" + text.encode())
@@ -525,6 +532,8 @@ def test_resumed_run_equals_one_without_a_break(folder, tmp_path_factory):
     assert stopped.returncode == -signal.SIGKILL
     rest = other.run("--resume")
     assert [int(epoch) for epoch, _, _ in epochs(rest)] == [1, 2]
+    for result in (whole, rest):
+        assert result.stdout.count(f"\nstep {3 * STEPS} of {3 * STEPS}, ") == 1
     if EXACT:
         assert epochs(rest) == epochs(whole)[1:]
         assert written_lines(rest) == written_lines(whole)[1:]
@@ -1048,6 +1057,7 @@ def test_what_cannot_be_written_is_found_out_first(folder, name):
 def test_folder_that_cannot_be_written(tiny, monkeypatch):
     monkeypatch.setattr(train, "load_text", lambda: TEXT)
     monkeypatch.chdir("/proc")
+    monkeypatch.setattr(train, "train", lambda *_: pytest.fail("found out only by training"))
     with pytest.raises(OSError) as end:
         train.train_and_write(False)
     assert end.value.errno in (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EROFS)
