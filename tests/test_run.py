@@ -1212,6 +1212,13 @@ def test_folder_for_compiling_that_cannot_be_used(folder, tmp_path):
         assert name == "nowhere" or str(tmp_path / "cache") in result.stderr
 
 
+def test_an_error_of_the_readers_own_keeps_its_traceback(folder):
+    result = folder.run(before="def broken(*_):\n    raise RuntimeError('an idea of mine')\n"
+                               "train.evaluate = broken")
+    assert result.returncode == 1 and "in broken" in result.stderr
+    assert result.stderr.endswith("RuntimeError: an idea of mine\n")
+
+
 @pytest.mark.parametrize("arguments", [
     ["--help"], ["--resume", "--sample"], ["--resume", "--look", "7"], ["7"], ["--look"], [""],
     ["--sample", "7", "sheep"], ["--resume", "7"]])
