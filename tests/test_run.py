@@ -158,7 +158,7 @@ def test_the_losses_are_those_of_the_saved_weights(first_run):
     tokens = np.array([notes["vocab"].index(c) for c in TEXT])
     boundary = len(tokens) * 9 // 10
     val = tokens[boundary:]
-    seen = tokens[: len(val)]  # measured alike: on as much text, without dropout, at the end
+    seen = tokens[: len(val) // 2 + 12]  # measured alike: without dropout, at the end
     losses = [numpy_loss(last, part, 12, 2) for part in (seen, val)]
     assert np.allclose(notes["history"][-1], losses, atol=1e-4)
     lowest = min(val for _, val in notes["history"])
