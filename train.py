@@ -52,7 +52,7 @@ from mlx.utils import tree_flatten, tree_map_with_path, tree_unflatten
 # 1. Settings
 #
 # Skip them on a first reading: each is explained where it is used. Where there are two values,
-# the second is for the small model.
+# the first is for the small model.
 
 small = mx.default_device() == mx.cpu  # without a GPU the default model would take hours
 
@@ -95,10 +95,10 @@ def load_text(path="input.txt"):
     return Path(path).read_text(encoding="utf-8-sig")  # -sig: without the mark some editors add
 
 
-def split(tokens):
-    """The first nine tenths of tokens, to train on, and the last tenth, to validate with."""
-    boundary = len(tokens) * 9 // 10
-    return tokens[:boundary], tokens[boundary:]
+def split(text):
+    """The first nine tenths of a text, to train on, and the last tenth, to validate with."""
+    boundary = len(text) * 9 // 10
+    return text[:boundary], text[boundary:]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -282,7 +282,7 @@ def loss_fn(model, x, y):
 # key: number times number, summed, so that (1, 2) and (3, 4) give 1 * 3 + 2 * 4 = 11. It is large
 # where the two point the same way. Query and key differ because what one looks for is not what one
 # is. The last letter of "the cat" may look for the space before its word, while its own key tells
-# others that it is a t. With one vector for both, a t would above all find other ts.
+# others that it is a t. With one vector for both, a t would tend to find other ts.
 #
 # The matrix product a @ b holds all dot products of a row of a with a column of b. So one @ makes
 # all scores. And x @ W, with vectors as the rows of x and a learnt matrix W, holds other vectors:
@@ -369,7 +369,10 @@ def causal_mask(T, S):
 
 
 class MultiHeadAttention(nn.Module):
-    """Causal self-attention, (B, T, n_emb) to (B, T, n_emb). n_emb is a multiple of n_heads."""
+    """Attention among the positions of each row, none of which looks ahead ("causal").
+
+    (B, T, n_emb) to (B, T, n_emb). n_emb is a multiple of n_heads.
+    """
 
     def __init__(self):
         super().__init__()
@@ -488,8 +491,8 @@ class Block(nn.Module):
 # How does a character become a vector? A token is only a name: 43 is not more than 18. So the
 # model keeps a table, an embedding, with a row of n_emb numbers for every token, and looks the row
 # up. The rows start at random and are learnt. Characters that behave alike get similar rows: in
-# the trained small model most letters have their capital as the nearest neighbour. GPT-2 calls
-# this table wte.
+# the trained small model, for most letters the row that points most nearly the same way is that of
+# their capital. GPT-2 calls this table wte.
 #
 # The vector must also say where the character stands. Attention adds up what it finds, and a sum
 # has no order. The "a" of "tea" would see what the "a" of "eta" sees, and one attention layer
@@ -518,6 +521,7 @@ class Block(nn.Module):
 #
 # What is not as in GPT-2: there the queries, keys and values have biases, GELU is computed by an
 # approximation with tanh, and lm_head is no matrix of its own, but wte once more, without a bias.
+# OpenAI's wpe starts half as large, and the training below is not theirs.
 # The smallest GPT-2 has n_emb = 768, 12 heads, 12 layers, ctx_len = 1024 and 50,257 tokens, which
 # makes 124 million parameters. The README shows the edit after which this file can load it.
 # (Radford et al., Language Models are Unsupervised Multitask Learners, 2019)
@@ -534,8 +538,8 @@ def initial(name, weight):
         return mx.zeros_like(weight) if name.endswith("bias") else mx.ones_like(weight)
     # std is the root of the variance; 0.02 is GPT-2's. Each block adds two things to x, the outputs
     # of its c_proj layers. A sum of N independent numbers of mean 0 is typically sqrt(N) times as
-    # large as one of them. Dividing by that, with N = 2 * n_layers, keeps x the same size for any
-    # number of blocks.
+    # large as one of them. Dividing by that, with N = 2 * n_layers, lets x start at the same size
+    # for any number of blocks.
     std = 0.02 / math.sqrt(2 * n_layers) if name.endswith("c_proj.weight") else 0.02
     return mx.random.normal(weight.shape, scale=std)
 
@@ -582,10 +586,10 @@ class GPT(nn.Module):
 #     v = 0.99 * v + 0.01 * g * g
 #     w = w - lr * m / sqrt(v)        (m and v start at 0, and bias_correction makes up for that)
 #
-# While g stays the same, be it 0.001 or 10, the ratio m / sqrt(v) is 1 and w moves by lr. So steps
-# do not become smaller as gradients do, and w steps over its goal. There g goes to and fro: between
-# 1 and -1, for example, the ratio is only 0.05. But it is not 0, and w does not come to rest. This
-# is why the learning rate has to fall towards the end.
+# While g stays the same, be it 0.001 or 10, the ratio m / sqrt(v) is 1 and w moves by lr. If g goes
+# to and fro, between 1 and -1, for example, the ratio is only 0.05. But steps do not become smaller
+# as gradients do. Near the goal, where what a batch asks for is mostly chance, they would keep w
+# from settling. This is why the learning rate has to fall towards the end.
 #
 # AdamW adds weight decay: each step also shrinks a parameter by the share lr * weight_decay, so
 # that it stays large only if the gradients keep it so. Which ones decay, we say below.
@@ -596,8 +600,8 @@ def make_optimizer(total_steps):
     """AdamW for a training of total_steps steps."""
 
     def learning_rate(step):
-        # It rises in warmup_steps, while m and v still rest on few gradients, and it falls to 0
-        # over the whole run.
+        # It rises in warmup_steps, while m and v still rest on few gradients, and over the whole
+        # run it falls towards 0.
         rise, fall = (step + 1) / max(1, warmup_steps), 1 - step / total_steps
         return lr * mx.minimum(1, rise) * mx.maximum(0, fall)
 
@@ -839,7 +843,7 @@ def load(path, expected={}):
         arrays, metadata = mx.load(path, return_metadata=True)
         require(metadata["sha256"] == fingerprint(metadata["notes"], arrays.items()), "damaged")
     except Exception:  # whatever goes wrong here, the file is none of ours
-        raise Refusal(f"{path} is missing or damaged: python train.py makes one") from None
+        raise Refusal(f"{path} is missing, unreadable or damaged: train.py makes one") from None
     notes = json.loads(metadata["notes"])
     require(not changes(notes, expected), f"{path} is of another run: {changes(notes, expected)}")
     return tree_unflatten(arrays), notes
@@ -865,6 +869,7 @@ def load_model(prompt=""):
     del saved["last"], saved["optimizer"]
     globals().update({name: notes[name] for name in SHAPE})
     check()
+    mx.disable_compile()  # or Ctrl-C could reach a compiler
     model, tokenizer = GPT(len(notes["vocab"])), CharTokenizer(notes["vocab"])
     adopt(model, saved)
     for char in prompt:
@@ -1003,17 +1008,24 @@ def train_and_write(resuming):
         f"{sum(weight.size for _, weight in tree_flatten(model.parameters())):,} parameters")
     say(f"The text: {len(text):,} characters of {tokenizer.vocab_size} kinds. "
         f"Blind guessing costs ln {tokenizer.vocab_size} = {math.log(tokenizer.vocab_size):.4f}")
-    if not resuming:  # 100 rows are enough, and quick
-        report("Untrained", *(evaluate(model, part[: 100 * ctx_len]) for part in parts))
+    losses = [evaluate(model, part[: 100 * ctx_len]) for part in parts]  # is enough, and quick
+    if not resuming:
+        report("Untrained", *losses)
     say("Compiling the step, which can take a minute, and cannot be interrupted", passing=True)
-    for epoch, *losses in train(model, optimizer, *parts, len(history), shared_loss, watch.send):
-        require(math.isfinite(sum(losses)), f"losses are {losses} after epoch {epoch}: lower lr")
-        history.append(losses)
-        if losses[1] == min(val for _, val in history):
-            run.update(model.parameters())
-        if mx.distributed.init().rank() == 0:
-            save(run.parameters(), notes)
-        report(f"Epoch {epoch}", *losses)
+    try:
+        epochs = train(model, optimizer, *parts, len(history), shared_loss, watch.send)
+        for epoch, *losses in epochs:
+            require(math.isfinite(sum(losses)), f"losses are {losses} in epoch {epoch}: lower lr")
+            notes["history"] = [*history, losses]
+            if losses[1] == min(val for _, val in notes["history"]):
+                run.update(model.parameters())
+            if mx.distributed.init().rank() == 0:
+                save(run.parameters(), notes)
+            history.append(losses)  # now it is in the file
+            report(f"Epoch {epoch}", *losses)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"stopped. Epochs of this run in {MODEL}: {len(history)}"
+                                + ". --resume goes on from there" * bool(history)) from None
     if len(history) > 1:
         draw_curves(history)
     say(f"{MODEL} holds the run. Its best weights now write {WRITTEN}. For more of it:\n"
@@ -1023,7 +1035,7 @@ def train_and_write(resuming):
     say(written)
     with suppress(Refusal):  # if there is a former run, with the same text
         former = load(FORMER, {"input.txt": notes["input.txt"]})[1]
-        old, new = (min(val for _, val in run["history"]) for run in (former, notes))
+        old, new = (min(val for _, val in each["history"]) for each in (former, notes))
         say(f"Since {FORMER}: {changes(former, settings) or 'no other setting'}, "
             f"best val {old:.4f} to {new:.4f}")
 
@@ -1043,7 +1055,7 @@ def main():
             case ["--look", prompt]: look(*load_model(prompt))
             case _: raise Refusal("it is used like this:\n\n" + __doc__.split("\n\n")[1])
     except (Refusal, OSError, UnicodeDecodeError, KeyboardInterrupt, RuntimeError) as error:
-        problem = str(error) or "stopped: --resume goes on after the last finished epoch"
+        problem = str(error) or "stopped"
         gone = isinstance(error, BrokenPipeError) or "[ring]" in problem  # a reader, or a process
         match error:
             case UnicodeDecodeError(): problem = f"input.txt is not UTF-8: {problem}"

@@ -18,7 +18,8 @@ import pytest
 import train
 from conftest import TEXT, Folder
 from mlx.utils import tree_flatten
-from test_run import AFTER_AN_EPOCH, EPOCH, STOPPED, arrays, epochs, interrupted, read_until, saved_epoch
+from test_run import (AFTER_AN_EPOCH, EPOCH, STOPPED, arrays, epochs, interrupted, read_until,
+                      saved_epoch)
 
 LAUNCH = Path(sys.executable).with_name("mlx.launch")
 pytestmark = pytest.mark.skipif(not LAUNCH.exists(), reason="no mlx.launch beside this python")
@@ -187,7 +188,7 @@ def test_ctrl_c_under_the_launcher(folder, whom):
     for rank in (0, 1):
         wait_until_gone(folder, rank)
     if whom == "first process":  # else the launcher is gone before it can pass this on
-        assert output.count(STOPPED) == 1
+        assert [held for held, _ in re.findall(STOPPED, output)] >= ["1"]
     assert not list(folder.path.glob("tmp-*"))
     if whom == "everybody":
         done = saved_epoch(folder) + 1
@@ -247,13 +248,13 @@ def test_processes_that_resume_different_runs(trained):
         assert "the processes differ" in line and trained.read("model.safetensors") == before
     (other.path / "model.safetensors").unlink()
     line = said(launch(trained, "--resume", before="if rank == 1: os.chdir('other')"))
-    assert "model.safetensors is missing" in line and trained.read("model.safetensors") == before
+    assert "model.safetensors is missing," in line and trained.read("model.safetensors") == before
 
 
 def test_what_all_processes_refuse_is_said_once(folder):
     (folder.path / "input.txt").unlink()
     assert "'input.txt'" in said(launch(folder))
-    assert "model.safetensors is missing" in said(launch(folder, "--sample", "7"))
+    assert "model.safetensors is missing," in said(launch(folder, "--sample", "7"))
 
 
 def test_sample_under_the_launcher_writes_one_text(trained):
