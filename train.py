@@ -845,7 +845,8 @@ def load(path, expected={}):
     except Exception:  # whatever goes wrong here, the file is none of ours
         raise Refusal(f"{path} is missing, unreadable or damaged: train.py makes one") from None
     notes = json.loads(metadata["notes"])
-    require(not changes(notes, expected), f"{path} is of another run: {changes(notes, expected)}")
+    different = changes(notes, expected)
+    require(not different, f"{path} is of another run: {different}")
     return tree_unflatten(arrays), notes
 
 
@@ -898,8 +899,8 @@ def say(line, passing=False):
     print("\r\033[K" * terminal + line, end="" if passing and terminal else "\n", flush=True)
 
 
-def watch_steps(done, steps, total):
-    """Tells of progress, after `done` steps of `total`, with `steps` an epoch; Refusal at nan.
+def watch_steps(done, steps):
+    """Tells of progress, after `done` steps, with `steps` an epoch. Raises Refusal at nan.
 
     A generator: it runs up to a yield and waits there until send() brings it the next loss.
     """
@@ -907,7 +908,7 @@ def watch_steps(done, steps, total):
     mx.eval((yield))  # the first loss that is sent: now all is compiled
     signal.signal(signal.SIGINT, interrupt)
     started = spoken = time.perf_counter()
-    pause = 1 if sys.stdout.isatty() else 30
+    total, pause = num_epochs * steps, 1 if sys.stdout.isatty() else 30
     for step in itertools.count(done + 2):
         loss = yield
         if step % 200 == 0 or step % steps == 0 or time.perf_counter() - spoken > pause:
@@ -955,8 +956,8 @@ def look(model, tokenizer, prompt):
     p = mx.softmax(model.lm_head(model.ln_f(x))[0, -1]).tolist()  # vocab_size of them
     for share, char in sorted(zip(p, tokenizer.vocab), reverse=True)[:8]:
         say(f"next {char!r:>12} {share:.2f} {'█' * round(50 * share)}")
-    # (vocab_size, n_emb), without what all rows have in common, and all made equally long
-    rows = mx.fast.rms_norm(model.wte.weight - model.wte.weight.mean(axis=0), None, 1e-12)
+    rows = model.wte.weight - model.wte.weight.mean(axis=0)  # (vocab_size, n_emb)
+    rows = rows / mx.linalg.norm(rows, axis=1, keepdims=True)
     for token in tokenizer.encode(sorted(set(prompt))):
         alike = mx.argsort(-(rows @ rows[token]))[:6].tolist()
         say("alike in wte:     " + " ".join(map(repr, tokenizer.decode(alike))))
@@ -996,7 +997,7 @@ def train_and_write(resuming):
     number = mx.array([int(fingerprint(json.dumps(notes))[:7], 16)])
     require(mx.all(mx.distributed.all_gather(number) == number),
             f"the processes differ: settings, input.txt and {MODEL} must be the same")
-    watch = watch_steps(len(history) * steps, steps, num_epochs * steps)
+    watch = watch_steps(len(history) * steps, steps)
     next(watch)
 
     def report(title, train_loss, val_loss):
@@ -1008,7 +1009,8 @@ def train_and_write(resuming):
         f"{sum(weight.size for _, weight in tree_flatten(model.parameters())):,} parameters")
     say(f"The text: {len(text):,} characters of {tokenizer.vocab_size} kinds. "
         f"Blind guessing costs ln {tokenizer.vocab_size} = {math.log(tokenizer.vocab_size):.4f}")
-    losses = [evaluate(model, part[: 100 * ctx_len]) for part in parts]  # is enough, and quick
+    # A piece of each part is enough. When resuming, too: it compiles what evaluate needs.
+    losses = [evaluate(model, part[: 100 * ctx_len]) for part in parts]
     if not resuming:
         report("Untrained", *losses)
     say("Compiling the step, which can take a minute, and cannot be interrupted", passing=True)
@@ -1016,11 +1018,11 @@ def train_and_write(resuming):
         epochs = train(model, optimizer, *parts, len(history), shared_loss, watch.send)
         for epoch, *losses in epochs:
             require(math.isfinite(sum(losses)), f"losses are {losses} in epoch {epoch}: lower lr")
-            notes["history"] = [*history, losses]
-            if losses[1] == min(val for _, val in notes["history"]):
+            longer = [*history, losses]
+            if losses[1] == min(val for _, val in longer):
                 run.update(model.parameters())
             if mx.distributed.init().rank() == 0:
-                save(run.parameters(), notes)
+                save(run.parameters(), {**notes, "history": longer})
             history.append(losses)  # now it is in the file
             report(f"Epoch {epoch}", *losses)
     except KeyboardInterrupt:
