@@ -5,21 +5,23 @@
     python train.py --look "To be"      show what it attends to and what it predicts next
     python train.py --resume            resume an interrupted run
 
-GPT-2 is a *transformer*, a neural network that reads text and predicts what comes next: here, one
-character at a time. We build it, train it, and let it write.
+GPT-2 is a *transformer*: a *neural network*, that is a function with many adjustable numbers, that
+reads text and predicts what comes next. Here it works one character at a time. We build it, train
+it, and let it write. MLX is Apple's library for this: it computes with arrays, as NumPy does, and
+can use the GPU, the graphics processor of a Mac.
 
-     1. Settings     5. Loss and learning     9. Training
-     2. Data         6. Attention            10. Sampling
-     3. Tokenizer    7. MLP and block        11. Checks and files, 12. Prompts and pictures:
-     4. Batches      8. GPT                      conveniences, which a first reading may skip
-                                             13. The run, 14. The command line
+     1. Settings      5. Loss and learning      9. Training               13. The run
+     2. Data          6. Attention             10. Sampling               14. The command line
+     3. Tokenizer     7. MLP and block         11. Checks and files
+     4. Batches       8. GPT                   12. Prompts and pictures
 
-Read from the top: each section uses only what comes before it. Then change something, run it
-again, and compare the validation loss, the loss on text held out from training. Lower is better.
-Uniform guessing scores 4.17. On the shipped input.txt the small model, for machines without a GPU,
-reaches 1.55, and the default model 1.25.
+Sections 1 to 10 are the lesson. Read them from the top: each builds on what comes before it. (Only
+the argument `cache` must wait for section 10.) Then change something, run it again, and compare the
+validation loss, which is measured on text held out from training. Lower is better. A model that
+guesses blindly has 4.17. On the shipped input.txt the small model, for machines without a GPU,
+reaches @@SMALL, and the default model @@DEFAULT.
 
-First things to try: `temperature` (section 1), a text of your own in input.txt, `n_heads = 1`.
+First things to try: another `temperature` (section 1), `n_heads = 1`, your own text in input.txt.
 """
 
 # /// script
@@ -34,9 +36,9 @@ import math
 import os
 import shutil
 import sys
+import textwrap
 import time
 import zlib
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -48,17 +50,18 @@ from mlx.utils import tree_flatten, tree_map_with_path, tree_unflatten
 
 # %% 1. Settings
 #
-# These are the *hyperparameters*, the numbers we choose. (*Parameters* are the numbers that
-# training finds.) On a first reading, skip them: each is explained where it is used.
+# These are the *hyperparameters*, the numbers we choose. On a first reading, skip them: each is
+# explained where it is used. (*Parameters*, also called weights, are the numbers that training
+# finds.)
 
 small = mx.default_device() == mx.cpu  # without a GPU, the default model would take hours
 
 if not small:
     ctx_len = 128  # context length: how many characters the model can look back on
-    n_emb = 128  # embedding size; must be a multiple of n_heads
+    n_emb = 128  # embedding size: how many numbers stand for one character; a multiple of n_heads
     n_heads = 4  # attention heads per block
     n_layers = 3  # blocks
-    dropout = 0.03  # share of activations zeroed in training; raise it if the model overfits
+    dropout = 0.03  # fraction of numbers zeroed in training; raise it if the model overfits
     num_epochs = 20  # passes over the training text; lower it if the model overfits
     batch_size = 32  # rows of text per step; raise it for fewer, less noisy steps
     lr = 3e-3  # peak learning rate; lower it if the loss jumps around or becomes nan
@@ -73,7 +76,7 @@ else:
     lr = 1e-2
 
 warmup_steps = 100  # steps over which the learning rate rises to its peak
-weight_decay = 0.1  # how strongly AdamW pulls weights toward 0; raise it if the model overfits
+weight_decay = 0.1  # how strongly weights are pulled toward 0; raise it if the model overfits
 beta1 = 0.9  # decay rate of AdamW's average of the gradient
 beta2 = 0.99  # decay rate of AdamW's average of the squared gradient
 max_norm = 1.0  # a gradient longer than this is scaled down to it
@@ -87,12 +90,13 @@ top_k = 40  # sample only from this many most likely characters; try 5
 #
 # All our data is one text file. The model learns from the first nine tenths of it, the *training
 # set*. The last tenth, the *validation set*, is held out. Only on text that it has never seen can
-# the model show whether it learned the language or merely memorized the text (*overfitting*).
+# the model show whether it learned the language (*generalization*) or merely memorized the text
+# (*overfitting*).
 
 
 def load_text(path="input.txt"):
     """The text of a UTF-8 file. Raises OSError or UnicodeDecodeError if it cannot be read."""
-    return Path(path).read_text(encoding="utf-8-sig")  # -sig: skip the mark some editors put first
+    return Path(path).read_text(encoding="utf-8-sig")  # -sig: skip the byte order mark, if any
 
 
 def split(text):
@@ -110,8 +114,8 @@ def split(text):
 # A neural network computes with numbers, so we turn each character into one, called a *token*:
 # its position in the sorted list of all different characters, the *vocabulary*.
 #
-# GPT-2's own vocabulary has 50,257 tokens, most of them pieces of words. With those a text is
-# shorter, but single characters need no explanation, and the model does not care.
+# GPT-2's own vocabulary has 50,257 tokens, words and pieces of words found by *byte-pair encoding*.
+# A text then has fewer tokens. Single characters are simpler, and the model is the same.
 
 
 class CharTokenizer:
@@ -143,27 +147,20 @@ class CharTokenizer:
 #
 # The model is a *language model*: given the characters so far, it predicts the next one. So the
 # *targets*, the right answers, are the text itself, shifted by one. The shipped text begins with
-# "First Citizen:". Cut into rows of T = 8 tokens, its beginning gives
+# "First Citizen:". If we cut the text into rows of T = 8 tokens, the first row is (_ is a space)
 #
 #     x = 18 47 56 57 58  1 15 47        F i r s t _ C i
 #     y = 47 56 57 58  1 15 47 58        i r s t _ C i t
 #
 # One row holds T examples: after "F" comes "i", after "Fi" comes "r", and so on, up to "First Ci",
 # after which comes "t". The model answers all T at once, one at each *position* of the row. B rows
-# form a *batch*, an array of shape (B, T). The rows of a batch know nothing of each other.
+# (*sequences*) form a *batch*, an array of shape (B, T). They know nothing of each other.
 #
 # One pass over the training set is an *epoch*. If every epoch cut the text at the same places, the
-# first token of a row would never be seen with the text before it. So each epoch starts cutting
+# first token of a row would always be seen without the text before it. So each epoch starts cutting
 # at a random place among the first T tokens, and takes the rows in random order.
 #
-# We cut the text with NumPy (np). The model will compute with MLX (mx), a library of similar
-# arrays that can use the GPU of a Mac.
-
-
-def count_batches(tokens, ctx_len, batch_size):
-    """How many batches get_batches() makes of tokens if it is given an rng."""
-    rows = (len(tokens) - 1) // ctx_len - 1  # the random start costs one row
-    return rows // batch_size
+# We cut the text with NumPy (np), and the model computes with MLX (mx).
 
 
 def get_batches(tokens, ctx_len, batch_size, rng=None):
@@ -171,7 +168,8 @@ def get_batches(tokens, ctx_len, batch_size, rng=None):
 
     tokens is a NumPy array of ints. With rng, a NumPy random generator, rows are cut and ordered
     at random, and rows that do not fill a batch are left out: for training. Without it, all rows
-    come in order, and the last batch may be smaller: for measuring the loss.
+    come in order, and the last batch may be smaller: for measuring the loss. Tokens at the end
+    that do not fill a row are left out.
 
     >>> for x, y in get_batches(np.arange(10, 20), ctx_len=4, batch_size=2):
     ...     print(np.array(x))
@@ -191,11 +189,17 @@ def get_batches(tokens, ctx_len, batch_size, rng=None):
         yield mx.array(rows[:, :-1]), mx.array(rows[:, 1:])  # (B, T) each
 
 
+def count_batches(tokens, ctx_len, batch_size):
+    """How many batches get_batches() makes with an rng. The learning rate will depend on it."""
+    rows = (len(tokens) - 1) // ctx_len - 1  # the random start costs one row
+    return rows // batch_size
+
+
 # %% 5. Loss and learning
 #
-# Before we build the model, let's decide how to score it. At each position it gives every token
-# of the vocabulary a score, called a *logit*. *Softmax* turns the V logits s of a position into a
-# probability distribution, positive numbers that sum to 1:
+# Before we build the model, let's decide how to judge it. At each position it gives each of the V
+# tokens of the vocabulary a number, called a *logit*: the higher, the more likely it is to come
+# next. *Softmax* turns V logits s into a probability distribution, positive numbers that sum to 1:
 #
 #     p_i = exp(s_i) / (exp(s_1) + ... + exp(s_V))        (2, 1, 0) -> (0.67, 0.24, 0.09)
 #
@@ -205,16 +209,19 @@ def get_batches(tokens, ctx_len, batch_size, rng=None):
 #     loss     0       1.5      4.17      6.9
 #
 # Why a logarithm? The probability of a whole text is the product of the probabilities of its
-# tokens, one after the other. A logarithm turns the product into a sum, so the lower the sum of
-# the losses, the more likely the model finds the text. Its mean per token is the *cross-entropy*,
-# in nats (for natural logarithm). exp(loss) is the *perplexity*: at a loss of 1.5 the model is as
-# unsure as if it chose among exp(1.5) = 4.5 equally likely characters.
+# tokens, each given those before it. A logarithm turns the product into a sum: the lower the sum of
+# the losses, the more likely the model finds the text. The mean loss per token is the
+# *cross-entropy*, in nats (for natural logarithm). exp(loss) is the *perplexity*: at a loss of 1.5
+# the model is as unsure as if it chose among exp(1.5) = 4.5 equally likely characters.
 #
-# What is a good loss? Uniform guessing among 65 characters scores ln 65 = 4.17. An *n-gram model*
-# counts how often each string of n characters occurs in the training set. On the shipped text:
+# What is a good loss? Guessing blindly among 65 characters has ln 65 = 4.17. The classic baseline
+# is an *n-gram model*: it counts which characters followed the last n - 1 in the training set, and
+# how often. (Where it has counted too little, it mixes in shorter strings: *smoothing*.)
 #
 #     n        1       2       3       4       5       6       7
 #     loss     3.24    2.36    1.83    1.51    1.38    1.34    1.33
+#
+# That is on the shipped text. The small model will come close to n = 4, and the default beats all.
 
 
 def loss_fn(model, x, y):
@@ -228,10 +235,10 @@ def loss_fn(model, x, y):
 # of "a" is p = exp(w) / (exp(w) + 1). In the training text 3 of 4 letters are "a". Then the loss is
 # -(3/4) ln p - (1/4) ln(1 - p).
 #
-# Which way should w go? At w = 0 the loss is 0.6931. Nudge w by 0.001, and the loss falls by
-# 0.00025. Their ratio, -0.25, is the *gradient*: how fast the loss grows as w grows. Here it is
-# negative, so we raise w. *Gradient descent* moves w a little against its gradient, again and
-# again. With w = w - 2 * gradient, where 2 is the *learning rate*,
+# Which way should w go? At w = 0 the loss is 0.6931. Raise w by 0.001, and the loss changes by
+# -0.00025. The ratio -0.00025 / 0.001 = -0.25 is the slope, or *gradient*: how fast the loss grows
+# as w grows. It is negative, so we raise w. *Gradient descent* moves w a little against its
+# gradient, again and again. With w = w - 2 * gradient, where 2 is the *learning rate*,
 #
 #     w           0        0.5      0.755    0.895    ...   1.099
 #     p           0.5      0.622    0.680    0.710    ...   0.75
@@ -249,18 +256,30 @@ def loss_fn(model, x, y):
 #     w ----------> z ----------> loss          gradient for w: 3 * -2 = -6
 #
 # If z grows 3 times as fast as w, and the loss falls 2 times as fast as z grows, then the loss
-# falls 6 times as fast as w grows. What was found for z serves every parameter that z depends on.
-# And where a number is used in several places, its slopes add: 3 * w + 2 * w has slope 5.
-#
-# The loss of a batch is a mean over its examples, so its gradient is a mean, too. What would help
-# only one example mostly cancels out, and what helps many remains. Descending with the gradient of
-# a random batch, not of the whole text, is called *stochastic* gradient descent.
+# falls 6 times as fast as w grows. The -2 is found once, and used again for every parameter that z
+# depends on. Where a number is used in several places, its slopes add: 3 * w + 2 * w has slope 5.
 
 # %% 6. Attention
 #
+# From here on we build the model. Its sizes are handed to all parts of it in one object.
+
+
+@dataclass
+class GPTConfig:
+    """The sizes of a model, and its dropout."""
+
+    vocab_size: int
+    ctx_len: int
+    n_emb: int
+    n_heads: int
+    n_layers: int
+    dropout: float
+
+
 # Inside the model each character is a vector of n_emb learned numbers. To predict what comes next,
 # a position needs information from the positions before it. The simplest way to get it is to
-# average. For three positions, with one row for each position that looks, the weights are
+# average their vectors. Here are the weights for three positions. Each row belongs to the position
+# that looks, and each column to one that it looks at:
 #
 #     1    0    0          = softmax(0, -inf, -inf)
 #     1/2  1/2  0          = softmax(0,    0, -inf)
@@ -279,17 +298,17 @@ def loss_fn(model, x, y):
 # The score of one position for another is the *dot product* of its query and the other's key:
 # multiply entry by entry and add, so (1, 2) and (3, 4) give 1 * 3 + 2 * 4 = 11. It is large when
 # the two point the same way. The product of two matrices, a @ b, holds the dot product of each row
-# of a with each column of b. So q @ k.mT computes all scores at once: .mT makes columns of the rows
-# of k. The softmax of the scores is the *attention weights*, and weights @ v is the new averages.
+# of a with each column of b. So q @ k.mT computes all scores at once (.mT turns rows into columns).
+# Softmax turns each row of scores into *attention weights*, and weights @ v averages the values.
 
 
 def attention_weights(q, k):
-    """softmax(q k^T / sqrt(head_size)), with the future masked (Vaswani et al., 2017, eq. 1).
+    """softmax(q @ k.mT / sqrt(head_size)), with the future masked.
 
     q is (..., T, head_size), k is (..., S, head_size), and the result is (..., T, S): a row for
-    each query, a column for each key, and each row sums to 1. The dots stand for any axes: none
-    for a single head, (B, n_heads) in the model. The T queries belong to the last T of the S
-    positions. In training T = S. Section 10 will have more keys than queries.
+    each query, a column for each key, and each row sums to 1. The dots stand for any further axes.
+    In training T = S. In section 10 the T queries belong to the last T of S positions.
+    (Vaswani et al., Attention Is All You Need, 2017, equation 1)
 
     >>> q = mx.array([[1.0, 0.0], [3.0, 0.0], [0.0, 3.0]])  # T = 3 positions, head_size = 2
     >>> k = mx.array([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
@@ -309,86 +328,76 @@ def attention_weights(q, k):
     """
     T, S = q.shape[-2], k.shape[-2]
     scores = q @ k.mT / math.sqrt(q.shape[-1])  # (..., T, S)
-    # A column of T positions and a row of S are stretched to (T, S) (*broadcasting*), so that each
-    # position is compared with each.
+    # A column of T positions and a row of S are both stretched to (T, S) (*broadcasting*): every
+    # position that looks is compared with every position it could look at.
     is_later = mx.arange(S - T, S)[:, None] < mx.arange(S)  # (T, S)
     scores = mx.where(is_later, -mx.inf, scores)  # (..., T, S)
-    return mx.softmax(scores, axis=-1)
+    return mx.softmax(scores, axis=-1)  # along each row
 
 
-# Why is it divided by sqrt(head_size), *scaled*? The *variance* of numbers with mean 0 is the mean
-# of their squares. Its square root, the *standard deviation*, says how large they typically are.
-# If the entries of queries and keys are independent, with mean 0 and variance 1, then each product
-# in a score has variance 1, and the sum of head_size of them has variance head_size. So a typical
-# score grows with the square root of head_size, and softmax soon looks at one position only:
+# Why are the scores divided by sqrt(head_size), or *scaled*? The *variance* of numbers with mean 0
+# is the mean of their squares. Its square root, the *standard deviation*, says how large they
+# typically are. Suppose the entries of queries and keys are independent, with mean 0 and variance
+# 1. Then each product in a score has variance 1, too, and variances of independent numbers add: a
+# score has variance head_size. With larger heads, softmax would soon look at one position only:
 #
 #     head_size              1        8        32       128
 #     sqrt(head_size)        1        2.83     5.66     11.31
 #     softmax(that, 0)[0]    0.731    0.944    0.997    1.000
 #
-# Divided by the root, it starts at softmax(1, 0) = (0.731, 0.269) for any head_size. That is the
-# general argument. In a model as small as ours, you may find no difference without it.
-
-
-@dataclass
-class GPTConfig:
-    """The sizes of a model, and its dropout."""
-
-    vocab_size: int
-    ctx_len: int
-    n_emb: int
-    n_heads: int
-    n_layers: int
-    dropout: float
-
-
-# One attention *head* makes one average, so it can look for one kind of thing. We want several
-# heads, which look for several kinds. Each gets head_size = n_emb / n_heads numbers in its queries,
-# keys, and values. The results are put side by side, which makes n_emb numbers again, and a last
-# matrix, c_proj ("projection"), mixes what the heads have found.
+# The others would get almost no gradient and hardly be learned. Divided by the root, it is
+# softmax(1, 0) = (0.731, 0.269) for any head_size. That is the general argument. Our weights start
+# so small (section 8) that all scores are far below 1 at first, and you may find no difference.
+#
+# All this together is an attention *head*. It makes one average, so it can look for one kind of
+# thing. We want n_heads of them, which look for several kinds. Each gets head_size = n_emb /
+# n_heads numbers. What they find is put side by side, which makes n_emb numbers again.
 #
 # One matrix makes the queries of all heads at once, (B, T, n_emb), which are then cut into heads.
-# A product @ works on the last two axes and does so for each entry of the axes before them. So
-# the heads must come before the positions:
+# A product @ works on the last two axes and repeats that for all axes before them. So heads must
+# come before positions:
 #
 #     (B, n_heads, T, head_size) @ (B, n_heads, head_size, T) = (B, n_heads, T, T)
 #
-# *Dropout* sets a random share of its input to 0 and scales up the rest to make up for it. No part
-# of the model can rely on any single number then, which makes memorizing harder. It acts only in
-# training: model.train() turns it on, and model.eval() turns it off.
-#
 # In MLX, a part of a model is a class derived from nn.Module, and calling the object runs its
-# __call__ method. nn.Linear(a, b) turns vectors of a numbers into vectors of b numbers, by a matrix
-# and b numbers to add, called *biases*. (The bias of k_proj has no effect: it adds the same number
-# to all scores of a query, which softmax ignores. GPT-2 has it all the same.)
-#
-# MLX has a fast function for what we write out: mx.fast.scaled_dot_product_attention. It does not
-# return the weights, so they could be neither looked at nor dropped out.
+# __call__ method.
 
 
 class MultiHeadAttention(nn.Module):
-    """Causal self-attention, (B, T, n_emb) to (B, T, n_emb). n_emb is a multiple of n_heads."""
+    """Causal multi-head self-attention: (B, T, n_emb) to (B, T, n_emb).
+
+    MLX also has it as one fast function, mx.fast.scaled_dot_product_attention. It is written out
+    here because it is what we came to see, and because that function does not return the weights.
+    """
 
     def __init__(self, config):
         super().__init__()
         self.n_heads = config.n_heads
+        # nn.Linear(a, b) turns vectors of a numbers into vectors of b numbers: it multiplies by a
+        # matrix and adds b more parameters, called *biases*. (The bias of k_proj can do nothing: it
+        # adds the same number to all scores of a query, and softmax(s + c) = softmax(s). GPT-2 has
+        # it anyway.) c_proj ("projection") mixes what the heads have found.
         self.q_proj = nn.Linear(config.n_emb, config.n_emb)
         self.k_proj = nn.Linear(config.n_emb, config.n_emb)
         self.v_proj = nn.Linear(config.n_emb, config.n_emb)
         self.c_proj = nn.Linear(config.n_emb, config.n_emb)
+        # *Dropout* sets a random fraction of its input to 0 and scales up the rest to make up for
+        # it. No part of the model can rely on any single number then, which makes memorizing
+        # harder. It acts only in training: model.train() turns it on, and model.eval() off.
         self.attn_dropout = nn.Dropout(config.dropout)
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def split_heads(self, x):
         """(B, T, n_emb) to (B, n_heads, T, head_size).
 
-        The transpose at the end matters. Four positions with two numbers each, for two heads:
+        The transpose at the end matters. Here four positions have two numbers each, for two heads.
+        Each row that is printed belongs to a head.
 
         >>> x = np.arange(8).reshape(4, 2)  # the positions have (0, 1), (2, 3), (4, 5), (6, 7)
         >>> print(x.reshape(4, 2, 1).transpose(1, 0, 2)[:, :, 0])  # right: a part of each position
         [[0 2 4 6]
          [1 3 5 7]]
-        >>> print(x.reshape(2, 4, 1)[:, :, 0])  # wrong: a head has two whole positions
+        >>> print(x.reshape(2, 4, 1)[:, :, 0])  # wrong: all of two positions
         [[0 1 2 3]
          [4 5 6 7]]
         """
@@ -400,7 +409,7 @@ class MultiHeadAttention(nn.Module):
         q = self.split_heads(self.q_proj(x))  # (B, n_heads, T, head_size)
         k = self.split_heads(self.k_proj(x))  # (B, n_heads, T, head_size)
         v = self.split_heads(self.v_proj(x))  # (B, n_heads, T, head_size)
-        if cache is not None:  # only when the model writes: section 10
+        if cache is not None:  # only in section 10: keys and values of earlier positions
             k, v = cache.update_and_fetch(k, v)  # (B, n_heads, S, head_size)
         weights = attention_weights(q, k)  # (B, n_heads, T, S)
         out = self.attn_dropout(weights) @ v  # (B, n_heads, T, head_size)
@@ -411,20 +420,21 @@ class MultiHeadAttention(nn.Module):
 
 # %% 7. MLP and block
 #
-# Attention moves information between positions. Then the *MLP* (multilayer perceptron) works on
-# what has arrived, at each position by itself. It is two linear layers with a nonlinear *activation
-# function* between them. Without that function the two could do no more than one, as (x @ M) @ N =
-# x @ (M @ N). GPT-2 uses *GELU*: x times the probability that a random number from the standard
-# normal distribution (the bell curve with mean 0 and variance 1) is below x. The "approx" in its
-# name below is a formula with tanh, off by less than 0.001, which GPT-2 uses, too.
+# Attention moves information between positions. Then the *MLP* (multilayer perceptron, also called
+# feed-forward network) works on what has arrived, at each position by itself. It is two linear
+# layers with a nonlinear *activation function* between them. Without that function the two could do
+# no more than one, as (x @ M) @ N = x @ (M @ N). Any bend would do. The simplest one, max(0, x), is
+# called ReLU. GPT-2 uses *GELU*, a smooth one: x times the probability that a random number from
+# the standard normal distribution (the bell curve with mean 0 and variance 1) is below x.
+# (Hendrycks and Gimpel, Gaussian Error Linear Units, 2016)
 #
 #     x           -3       -0.75    0        1        3
 #     gelu(x)     -0.004   -0.170   0        0.841    2.996
 #
-# So it is about 0 on the far left, dips a little, and is about x on the right. The first layer
-# (c_fc, "fully connected") makes 4 * n_emb numbers, the answers to as many small questions about
-# the vector. The second adds up from them what is to change. The 4 is a custom that works well.
-# (Hendrycks and Gimpel, Gaussian Error Linear Units, 2016)
+# The first layer, c_fc ("fully connected"), makes 4 * n_emb numbers, like answers to that many
+# small questions about the vector. The second, c_proj, combines the answers into a change of the
+# vector. The factor of 4 is a convention. The c_ is left over from GPT-2's code, and
+# so is gelu_approx, a formula for GELU with tanh that is off by less than 0.0005.
 
 
 class MLP(nn.Module):
@@ -447,23 +457,24 @@ class MLP(nn.Module):
 #          |                        ^    |                  ^
 #          +--> ln_1 --> attention -+    +--> ln_2 --> MLP -+
 #
-# What a layer computes is added to x and does not replace it (a *residual connection*). So a layer
-# only has to learn what to change. The vector that flows straight through all blocks is called the
-# *residual stream*. It also carries the gradient back to the first block. Without it, slopes
-# multiply: after twelve layers with slopes of 1/2, only 1/4096 of the gradient is left (*vanishing
-# gradient*). But the slope of x + f(x) is 1 + f'(x), so along the stream it passes undiminished.
+# What a layer computes is added to x and does not replace it (a *residual* or *skip connection*).
+# So a layer only has to learn what to change. The vector that flows straight through all blocks is
+# called the *residual stream*. It also carries the gradient back to the first block. In a plain
+# chain of layers slopes multiply: after twelve with slopes of 1/2, only 1/4096 of the gradient is
+# left (*vanishing gradient*). But the slope of x + f(x) is 1 + f'(x), and thanks to the 1 the
+# gradient passes along the stream undiminished.
 # (He et al., Deep Residual Learning for Image Recognition, 2015)
 #
-# *LayerNorm* keeps the numbers at a size that suits the layers. It takes each vector by itself
-# and shifts and scales it to mean 0 and variance 1:
+# As layer after layer adds to it, the stream grows. *LayerNorm* gives each layer an input of the
+# same size all the same. It shifts and scales each vector by itself to mean 0 and variance 1:
 #
 #     x                                   1        2        6
 #     minus the mean, 3                  -2       -1        3
 #     divided by the root of 14/3        -0.93    -0.46     1.39        14/3 = (4 + 1 + 9) / 3
 #
-# Then it multiplies each number by a learned *gain* and adds a learned bias. In GPT-2 it stands
-# before attention and MLP, off the residual stream (*pre-norm*). The numbers in the names ln_1 and
-# ln_2 are GPT-2's. (Ba et al., Layer Normalization, 2016)
+# Then it multiplies each number by a learned *gain* and adds a learned bias. In GPT-2 it stands at
+# the beginning of the side branches and not on the stream itself (*pre-norm*).
+# (Ba et al., Layer Normalization, 2016)
 
 
 class Block(nn.Module):
@@ -484,22 +495,24 @@ class Block(nn.Module):
 
 # %% 8. GPT
 #
-# How does a character become a vector? The model has a table, wte (weights of the token embedding),
-# with a row of n_emb learned numbers for each token. It simply looks the row up. Characters that
-# behave alike get similar rows.
+# How does a character become a vector? The model has a table, the *token embedding* wte, with a row
+# of n_emb learned numbers for each token. It simply looks the row up. Characters that behave alike
+# get similar rows.
 #
-# The vector must also say where the character stands. A sum has no order, so to attention the "a"
-# of "tea" and the "a" of "eta" would see the same thing: an e and a t. So there is a second table,
-# wpe (weights of the position embedding), with a row for each position, and the two are added. This
-# is why the model cannot see more than ctx_len characters: wpe has no further row.
+# The vector must also say where the character stands. A weighted average ignores order: without
+# positions, the "a" of "tea" and the "a" of "eta" would get the same from the first attention
+# layer, since each averages over an e, a t, and an a. So there is a second table, the *position
+# embedding* wpe, with a row for each position, and the two rows are added. This is why the model
+# cannot see more than ctx_len characters: wpe has no more rows.
 #
-# At the end, a last LayerNorm, ln_f ("final"), and the *head*: the logit of a token is the dot
-# product of the position's vector with that token's row of wte. So one table serves at both ends
-# (*weight tying*; Press and Wolf, Using the Output Embedding, 2016).
+# After the blocks come a last LayerNorm, ln_f ("final"), and the *output head* (not to be confused
+# with attention heads), which makes the logits. The logit of a token is the dot product of the
+# position's vector with that token's row of wte. So one table serves at both ends (*weight tying*;
+# Press and Wolf, Using the Output Embedding to Improve Language Models, 2016).
 #
-# The parameters start at random. If they were all equal, they would get equal gradients and stay
-# equal. They start small, so that all logits are close to 0 and no character is preferred: the
-# first loss must be close to ln vocab_size, or something is wrong.
+# The matrices start at random. If all entries of a matrix were equal, their gradients would be
+# equal, and they would stay equal. They start small, so that all logits are close to 0 and no
+# character is preferred: the first loss must be close to ln vocab_size, or something is wrong.
 
 
 class GPT(nn.Module):
@@ -513,6 +526,7 @@ class GPT(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = [Block(config) for _ in range(config.n_layers)]
         self.ln_f = nn.LayerNorm(config.n_emb)
+        # parameters() is a tree, that is nested dicts and lists, of arrays. Each gets a new value.
         self.update(tree_map_with_path(self.init_weight, self.parameters()))
 
     def init_weight(self, name, weight):
@@ -521,10 +535,10 @@ class GPT(nn.Module):
             return mx.zeros_like(weight)
         if weight.ndim == 1:  # the gains of LayerNorm
             return mx.ones_like(weight)
-        std = 0.02  # GPT-2's standard deviation
+        std = 0.02  # GPT-2's standard deviation (but OpenAI's code has 0.01 for wpe)
         if name.endswith("c_proj.weight"):
             # Each block adds the outputs of two c_proj layers to the residual stream. A sum of N
-            # independent numbers is sqrt(N) times as large as one. This makes up for it.
+            # independent numbers is typically sqrt(N) times as large as one. This makes up for it.
             std = 0.02 / math.sqrt(2 * self.config.n_layers)
         return mx.random.normal(weight.shape, scale=std)
 
@@ -532,7 +546,7 @@ class GPT(nn.Module):
         if caches is None:
             caches = [None] * len(self.blocks)
             start = 0
-        else:  # only when the model writes: section 10
+        else:  # only in section 10: the positions before `start` have been read already
             start = caches[0].offset
         end = start + tokens.shape[1]
         if end > self.config.ctx_len:
@@ -543,7 +557,7 @@ class GPT(nn.Module):
         for i, block in enumerate(self.blocks):
             x = block(x, caches[i])  # (B, T, n_emb)
         x = self.ln_f(x)
-        return self.wte.as_linear(x)  # (B, T, vocab_size)
+        return self.wte.as_linear(x)  # x @ wte.T: (B, T, vocab_size)
 
 
 # With the default settings and 65 characters, the parameters are
@@ -551,7 +565,7 @@ class GPT(nn.Module):
 #     wte          65 x 128                                    8,320
 #     wpe         128 x 128                                   16,384
 #     a block     ln_1 and ln_2                  512
-#                 mha: q, k, v            3 x 16,512
+#                 mha: q, k, v            3 x 16,512                       128 x 128 + 128 each
 #                      c_proj                 16,512
 #                 mlp: c_fc                   66,048
 #                      c_proj                 65,664
@@ -560,56 +574,70 @@ class GPT(nn.Module):
 #                                                            619,776
 #
 # So nearly all of them are in the blocks, and two thirds of a block are its MLP. The smallest GPT-2
-# is this model with n_emb = 768, 12 heads, 12 layers, ctx_len = 1024, and 50,257 tokens, which
-# makes 124 million parameters. It differs in size, in its tokens, and in what and how it was
-# trained, and in nothing else: the README shows how to load OpenAI's weights into this class.
+# has n_emb = 768, 12 heads, 12 layers, ctx_len = 1024, and 50,257 tokens, which makes 124 million.
+# It differs from this model in size, tokens, and training. Its architecture is the same, and the
+# README shows how to load OpenAI's weights into this class.
 # (Radford et al., Language Models are Unsupervised Multitask Learners, 2019)
+
+
+def count_parameters(model):
+    """How many numbers training can change.
+
+    >>> count_parameters(GPT(GPTConfig(65, 128, 128, 4, 3, dropout=0.0)))
+    619776
+    """
+    return sum(weight.size for _, weight in tree_flatten(model.parameters()))
+
 
 # %% 9. Training
 #
-# A training step takes a batch and moves every parameter against its gradient. How far? Plain steps
-# of lr * gradient, as in section 5, rarely suit all parameters at once: their gradients differ in
-# size by orders of magnitude. *Adam* brings them to one scale. For each parameter it keeps two
-# moving averages, m of its gradient g and v of the square of g (the first and second *moment*):
+# A training step takes a batch and moves every parameter against its gradient. The gradient of the
+# batch is the mean over its examples: what would help only one of them mostly cancels out, and what
+# helps many remains. Since the batch is random, this is *stochastic* gradient descent.
+#
+# How far should a parameter move? Plain steps of lr * gradient, as in section 5, rarely suit all of
+# them: their gradients differ in size by orders of magnitude. *Adam* brings them to one scale. For
+# each parameter it keeps two moving averages, m of its gradient g and v of the square of g (the
+# first and second *moment*; this v has nothing to do with values):
 #
 #     m = beta1 * m + (1 - beta1) * g
 #     v = beta2 * v + (1 - beta2) * g * g
 #     w = w - lr * m / sqrt(v)
 #
 # As long as g stays the same, be it 0.001 or 10, m / sqrt(v) is 1, and w moves by lr. If g strictly
-# alternates between 1 and -1, m / sqrt(v) is only 0.05. With random signs, it is about 0.23. (m and
-# v start at 0. The *bias correction* makes up for it. A tiny number keeps v from being 0.)
+# alternates between 1 and -1, m / sqrt(v) is only 0.05, and with random signs typically 0.23. So a
+# parameter on which the batches disagree moves little. (m and v start at 0, which is too small at
+# first. The *bias correction* scales them up. A tiny number is added to sqrt(v), which may be 0.)
 #
-# AdamW adds *weight decay*: each step also shrinks w by lr * weight_decay * w, so that it stays
-# large only if its gradient keeps it large. (Kingma and Ba, Adam, 2014; Loshchilov and Hutter,
-# Decoupled Weight Decay Regularization, 2017)
-#
-# The learning rate rises, then falls (*warmup* and *linear decay*):
-#
-#     lr           /\
-#                /    `-.
-#     0        /          `-.
-#              0  warmup     total_steps
-#
-# In the first steps m and v are made of a few noisy gradients, and every parameter would move by
-# the full lr in a direction that is mostly chance. At the end a constant rate would keep the
-# parameters jumping around the goal, since m / sqrt(v) does not shrink with the gradients.
+# AdamW adds *weight decay*: each step also shrinks w by lr * weight_decay * w. It stays large only
+# if its gradient keeps it large, which favors simple solutions. (Kingma and Ba, Adam, 2014;
+# Loshchilov and Hutter, Decoupled Weight Decay Regularization, 2017)
 
 
 def make_optimizer(total_steps):
-    """AdamW for a run of total_steps steps, with warmup and linear decay."""
+    """AdamW for a run of total_steps steps, with *warmup* and *linear decay* of the learning rate:
 
-    def learning_rate(step):  # step is an mx.array: for a cosine use mx.cos, not math.cos
+        lr           /\\
+                   /    `-.
+        0        /          `-.
+                 0  warmup     total_steps
+
+    In the first steps m and v are made of a few noisy gradients, and every parameter would move by
+    the full lr in a direction that is mostly chance. At the end a constant rate would keep the
+    parameters jumping around the goal, since m / sqrt(v) does not shrink with the gradients.
+    """
+
+    def learning_rate(step):  # step is an mx.array: a cosine would be mx.cos, not math.cos
         rise = (step + 1) / max(1, warmup_steps)
         fall = 1 - step / total_steps
         return lr * mx.clip(mx.minimum(rise, fall), 0, 1)  # for a constant: return mx.array(lr)
 
+    # Only the matrices of the blocks are decayed. Biases, gains, and embeddings are left alone.
+    # With decay on everything, the small model's loss was 0.02 higher. MultiOptimizer gives the
+    # first optimizer what is_decayed picks, and the second one the rest.
     def is_decayed(name, weight):
         return name.startswith("blocks") and weight.ndim == 2
 
-    # Only the matrices of the blocks are decayed. Biases and gains are left alone, and so are the
-    # embeddings: the row of a rare token has no gradient most of the time and would only shrink.
-    # MultiOptimizer gives the first optimizer what is_decayed picks and the second one the rest.
     betas = [beta1, beta2]
     decayed = optim.AdamW(learning_rate, betas, weight_decay=weight_decay, bias_correction=True)
     others = optim.AdamW(learning_rate, betas, weight_decay=0.0, bias_correction=True)
@@ -623,12 +651,12 @@ def make_optimizer(total_steps):
 # asked for a value would only grow the graph.
 #
 # *Automatic differentiation*. nn.value_and_grad turns loss_fn into a function that returns the loss
-# and its gradients by backpropagation, in a tree (nested dicts and lists) like model.parameters().
+# and its gradients by backpropagation, in a tree like that of model.parameters().
 #
-# *Compilation*. mx.compile *traces* a function: it runs the Python code once, records the
-# operations, and from then on replays the recording. So, inside step,
+# *Compilation*. mx.compile *traces* a function: it runs the Python code once for each shape of its
+# inputs, records the operations, and from then on replays the recording. So, inside step,
 #
-#     print("hello")                 prints once
+#     print("hello")                 prints only while it is recorded
 #     max_norm, changed later        keeps its old value
 #     dropout                        stays on if it was on in the first call
 #     parameters, m, v, randomness   do change, because `state` names them
@@ -637,30 +665,43 @@ def make_optimizer(total_steps):
 
 
 def make_step(model, optimizer, loss_fn):
-    """The function step(x, y): it updates the model on one batch and returns the loss."""
+    """Returns a function step(x, y), which trains the model on a batch and returns its loss.
+
+    loss_fn is that of section 5, or another with the same arguments.
+    """
     loss_and_grad = nn.value_and_grad(model, loss_fn)
 
     def step(x, y):
         loss, grads = loss_and_grad(model, x, y)
-        grads = nn.average_gradients(grads)  # does nothing, unless several computers train together
-        # Gradient clipping: if all gradients together, as one vector, are longer than max_norm,
-        # they are scaled down to it. Otherwise m and v would long remember one odd batch.
+        grads = nn.average_gradients(grads)  # over several processes, if there are any
+        # *Gradient clipping*: if all gradients together, as one vector, are longer than max_norm,
+        # they are scaled down to it. Otherwise m and v would remember one odd batch for long.
         grads, _ = optim.clip_grad_norm(grads, max_norm)
         optimizer.update(model, grads)
         return loss
 
-    state = [model.state, optimizer.state, mx.random.state]
+    state = [model.state, optimizer.state, mx.random.state]  # what step reads and changes
     return mx.compile(step, inputs=state, outputs=state)
 
 
-# How do we know that it learns? We measure the loss on both parts of the text. While both fall,
-# train on. If the training loss falls and the validation loss rises, the model overfits: use more
-# text, more dropout, fewer epochs, or a smaller model. The loop that calls all this is in section
-# 13: for each epoch, for each batch, step(x, y).
+# A training run is then nothing but this. (The real loop, in section 13, also saves and reports.)
+#
+#     for epoch in range(num_epochs):
+#         model.train()
+#         for x, y in get_batches(train_tokens, ctx_len, batch_size, rng):
+#             loss = step(x, y)
+#             mx.eval(loss, model.state, optimizer.state)
+#         print(evaluate(model, val_tokens, loss_fn))
+#
+# While the loss falls on both parts of the text, train on. If it falls on the training set and
+# rises on the validation set, the model overfits: use more text, more dropout, fewer epochs, or a
+# smaller model. (We keep the weights of the best epoch, and report its loss. As it is the best of
+# several on the same text, it is a little flattering. Strictly, a third part, a *test set*, would
+# have to be held out.)
 
 
 def evaluate(model, tokens, loss_fn):
-    """The mean loss over tokens, in nats per token. Leaves the model in eval mode."""
+    """The mean loss over all rows of tokens, in nats per token. Leaves the model in eval mode."""
     model.eval()  # dropout off
     total = count = 0
     for x, y in get_batches(tokens, model.config.ctx_len, batch_size):
@@ -679,16 +720,17 @@ def evaluate(model, tokens, loss_fn):
 #
 # Using a trained model is called *inference*. How do we choose the token? Always taking the most
 # likely one, *greedy decoding*, soon repeats itself. So we draw one at random, with the model's
-# probabilities. Dividing the logits by a *temperature* first makes it more careful or bolder:
+# probabilities. We first divide the logits by a *temperature*: below 1 it makes the choice more
+# cautious, above 1 bolder.
 #
 #     logits             2      1      0
 #     temperature 0.5    0.87   0.12   0.02
 #     temperature 1      0.67   0.24   0.09
 #     temperature 2      0.51   0.31   0.19
 #
-# *Top-k sampling* draws from the k most likely tokens only. There are many unlikely tokens. Each is
-# rare, but now and then one is drawn, and derails the text. (Here, with 65 characters, 40 hardly
-# matters.)
+# *Top-k sampling* draws from the k most likely tokens only. Each of the others is unlikely, but
+# there are many, so now and then one would be drawn, and could derail the text. (Among 65
+# characters, a k of 40 hardly matters.)
 
 
 def sample(logits, temperature=1.0, top_k=None):
@@ -706,7 +748,8 @@ def sample(logits, temperature=1.0, top_k=None):
 # The loop above runs all the text through the model again for each new token. But because of the
 # causal mask, a new token cannot affect earlier positions: their vectors, keys, and values stay the
 # same in every block. So we store the keys and values, in a *KV cache* (key/value cache), and run
-# only the new token through the model. Its query meets all S stored keys.
+# only the new token through the model. Its query meets all S stored keys. Old queries are not
+# needed again: what they found is known.
 #
 #     what goes through the model     without a cache     with a cache
 #     first, the prompt "To be"       T o _ b e           T o _ b e
@@ -724,8 +767,8 @@ class KVCache:
     def update_and_fetch(self, k, v):
         """Appends k and v, (B, n_heads, T, head_size) each, and returns all S positions of both.
 
-        The offset moves on by T. Code that needs the position of the new tokens, such as rotary
-        embeddings, must read the offset before.
+        Afterwards the offset is S. If you need the position of the new tokens, as in RoPE (rotary
+        position embeddings), read the offset before.
         """
         if self.offset > 0:
             k = mx.concatenate([self.keys, k], axis=2)  # (B, n_heads, S, head_size)
@@ -754,25 +797,30 @@ def generate(model, tokens, max_new_tokens, temperature=1.0, top_k=None):
         window = window + [token]
         unread = [token]
         if len(window) > ctx_len:
-            # All positions are taken. Start over with the newer half of the window, since each
-            # token that stays gets a new position, and so new keys and values.
-            window = window[-max(1, ctx_len // 2) :]
+            # All positions are taken. The simple loop above drops one token each time. Here we drop
+            # half of them, since those that stay get new positions and must all be read again.
+            window = window[-max(1, ctx_len // 2) :]  # the newer half
             unread = window
             caches = [KVCache() for _ in model.blocks]
 
 
 # %% 11. Checks and files
 #
-# You have now seen all of GPT-2. The rest is convenience: it checks the settings, keeps the model
-# in files, shows what the model does, and runs the training loop.
+# You have now seen all of GPT-2. What follows puts it to use. This section checks the settings and
+# keeps models in files, section 12 shows what a model does, and section 13 has the training loop.
 
 MODEL = "model.safetensors"  # the best weights of this run
 FORMER = "former.safetensors"  # the best weights of the run before it
 CHECKPOINT = "checkpoint.safetensors"  # what --resume needs
-RUNS = "runs.jsonl"  # a diary, with a line for each finished run
+DIARY = "runs.jsonl"  # one line about each finished run
 COMPLETIONS = "completions.txt"  # the text generated at the end of a run
 
-# The type of each setting, its smallest value, and the value it must stay below. Add a setting of
+
+class UserError(Exception):
+    """An error the user can fix. main() shows it in one line, without a traceback."""
+
+
+# For each setting: its type, its smallest value, and the value it must stay below. Add a setting of
 # your own here, too: then it is checked, noted in the diary, and compared by --resume.
 LIMITS = {
     "ctx_len": (int, 1, math.inf),
@@ -796,49 +844,59 @@ LIMITS = {
 MAY_CHANGE = ["num_epochs", "max_new_tokens", "temperature", "top_k"]  # before a --resume
 
 
-class UserError(Exception):
-    """An error the user can fix. main() shows it in one line, without a traceback."""
-
-
 def check_settings():
     """The settings of section 1, as a dict. Raises UserError at one that cannot be used."""
-    settings = {name: globals()[name] for name in LIMITS}
-    for name, value in settings.items():
-        kind, low, below = LIMITS[name]
+    settings = {}
+    for name, (kind, smallest, below) in LIMITS.items():
+        value = globals()[name]  # the variable of that name
         if kind is int and type(value) is not int:
             raise UserError(f"{name} = {value!r} must be a whole number")
-        if type(value) not in (int, float) or not low <= value < below:
-            raise UserError(f"{name} = {value!r} must be a number from {low} to below {below}")
+        if type(value) not in (int, float) or not smallest <= value < below:
+            raise UserError(f"{name} = {value!r} must be a number from {smallest} to below {below}")
+        settings[name] = value
     if n_emb % n_heads != 0:
         raise UserError(f"n_emb = {n_emb} must be a multiple of n_heads = {n_heads}")
     return settings
 
 
 def changes(old, new):
-    """The differences between two dicts of settings, in words: 'lr 0.01 to 0.001'."""
+    """The differences between two dicts of settings, in words.
+
+    >>> changes({"lr": 0.01, "seed": 0}, {"lr": 0.001, "seed": 0})
+    'lr 0.01 to 0.001'
+    """
     different = [name for name in new if old.get(name) != new[name]]
     return ", ".join(f"{name} {old.get(name)} to {new[name]}" for name in different)
 
 
-@contextmanager
-def replacing(path):
-    """For `with replacing(path) as unfinished:`, which writes to the file named unfinished.
+def unfinished(path):
+    """The name for a file while it is being written.
 
-    At the end of the block that file takes the place of path; after an error it is removed. So
-    path never holds half a file.
+    Once it is complete, os.replace() gives it its real name. So a run that is stopped in the middle
+    leaves no half file under that name.
     """
-    unfinished = f"unfinished-{os.getpid()}-{path}"
-    try:
-        yield unfinished
-        os.replace(unfinished, path)
-    finally:
-        Path(unfinished).unlink(missing_ok=True)
+    path = Path(path)
+    return str(path.with_name(f"unfinished-{os.getpid()}-{path.name}"))
+
+
+def save_text(path, text):
+    """Writes a text file."""
+    Path(unfinished(path)).write_text(text, encoding="utf-8")
+    os.replace(unfinished(path), path)
 
 
 def save(path, tree, notes):
-    """Writes a tree of arrays, and notes (a dict) beside it, to a safetensors file."""
-    with replacing(path) as unfinished:
-        mx.save_safetensors(unfinished, dict(tree_flatten(tree)), {"notes": json.dumps(notes)})
+    """Writes a tree of arrays, and beside it notes, a dict, to a safetensors file.
+
+    Such a file holds arrays by name, so the tree is flattened: the array in tree["a"]["b"] is named
+    "a.b". Raises UserError if it cannot be written.
+    """
+    arrays = dict(tree_flatten(tree))
+    try:
+        mx.save_safetensors(unfinished(path), arrays, {"notes": json.dumps(notes)})
+    except RuntimeError as error:
+        raise UserError(f"{path} could not be saved: {error}") from None
+    os.replace(unfinished(path), path)
 
 
 def load(path):
@@ -853,32 +911,34 @@ def load(path):
     return tree_unflatten(arrays), notes
 
 
-def set_weights(model, weights):
-    """Gives the model saved weights. Raises UserError unless all names and shapes match."""
-    try:
-        model.load_weights(tree_flatten(weights))
-    except ValueError as error:
-        raise UserError(f"the saved weights do not match train.py: {error}") from None
+def shapes(tree):
+    """The shape of each array in a tree, by its name."""
+    return {name: array.shape for name, array in tree_flatten(tree)}
+
+
+def check_match(path, saved, ours):
+    """Raises UserError unless two trees, one of them saved in path, have the same arrays."""
+    if shapes(saved) != shapes(ours):
+        raise UserError(f"{path} does not match train.py: undo your edits, or train again")
 
 
 def save_model(path, model, tokenizer):
-    """Saves the weights under their own names, with what load_model() needs beside them."""
-    notes = {"config": asdict(model.config), "vocab": "".join(tokenizer.vocab)}
+    """Saves the weights, and beside them what load_model() needs to build the model."""
+    notes = {"config": asdict(model.config), "vocab": tokenizer.vocab}
     save(path, model.parameters(), notes)
 
 
 def load_model(path=MODEL):
     """A saved model, in eval mode, and its tokenizer. Raises UserError."""
     weights, notes = load(path)
-    try:
-        config = GPTConfig(**notes["config"])
-        tokenizer = CharTokenizer(notes["vocab"])
-    except (KeyError, TypeError):
-        raise UserError(f"{path} holds no model of this train.py") from None
+    if "config" not in notes:
+        raise UserError(f"{path} holds no model")
+    config = GPTConfig(**notes["config"])  # the entries of the dict become the arguments
     model = GPT(config)
-    set_weights(model, weights)
+    check_match(path, weights, model.parameters())
+    model.update(weights)
     model.eval()
-    return model, tokenizer
+    return model, CharTokenizer(notes["vocab"])
 
 
 # %% 12. Prompts and pictures
@@ -888,8 +948,13 @@ def check_prompt(tokenizer, prompt):
     """Raises UserError at a character that the model does not know."""
     for char in prompt:
         if char not in tokenizer.token_of:
-            known = "".join(tokenizer.vocab)
+            known = "".join(tokenizer.vocab[:100])
             raise UserError(f"{char!r} is not one of the characters it knows: {known!r}")
+
+
+def first_char(tokenizer):
+    """The prompt if there is no other: the first in the vocabulary, in most texts the newline."""
+    return tokenizer.vocab[0]
 
 
 def continue_text(model, tokenizer, prompt, length):
@@ -899,13 +964,8 @@ def continue_text(model, tokenizer, prompt, length):
         yield tokenizer.decode([token])
 
 
-def first_char(tokenizer):
-    """What the model begins with if there is no prompt: in most texts, the newline."""
-    return tokenizer.vocab[0]
-
-
 def type_out(prompt):
-    """Prints the prompt and how the saved model continues it, as it is generated."""
+    """Prints the prompt, and then each character as the saved model generates it."""
     model, tokenizer = load_model()
     check_prompt(tokenizer, prompt)
     print(prompt, end="", flush=True)
@@ -921,16 +981,17 @@ def one_line(text):
 
 
 def bars(shares):
-    """Numbers from 0 to 1, drawn as a row of bars.
+    """A row of bars, one for each number from 0 to 1.
 
     >>> bars([0.1, 0.5, 1.0])
     '▁▄█'
     """
-    return "".join(" ▁▂▃▄▅▆▇█"[round(8 * min(share, 1))] for share in shares)
+    heights = [round(8 * min(share, 1)) for share in shares]  # whole numbers from 0 to 8
+    return "".join(" ▁▂▃▄▅▆▇█"[height] for height in heights)
 
 
 class Recorder(nn.Module):
-    """Put in the place of a dropout layer: keeps what passes through it, unchanged."""
+    """Passes on what it gets, and keeps it, so that we can see what flows through a model."""
 
     def __call__(self, x):
         self.recorded = x
@@ -939,44 +1000,68 @@ class Recorder(nn.Module):
 
 def look(prompt):
     """Draws how surprising each character is, what each head attends to, and what comes next."""
-    if not prompt:
-        raise UserError("the prompt is empty: there is nothing to look at")
     model, tokenizer = load_model()
     check_prompt(tokenizer, prompt)
-    prompt = prompt[-model.config.ctx_len :]  # as much as the model can see
     tokens = tokenizer.encode(prompt)
+    ctx_len = model.config.ctx_len
+    if not 1 <= len(tokens) <= ctx_len:
+        raise UserError(f"the prompt has {len(tokens)} characters: it must have 1 to {ctx_len}")
+
+    # In eval mode dropout does nothing. So a recorder can take the place of the layer that the
+    # attention weights pass through.
     for block in model.blocks:
-        block.mha.attn_dropout = Recorder()  # the attention weights pass through here
+        block.mha.attn_dropout = Recorder()
     logits = model(mx.array([tokens]))[0]  # (T, vocab_size)
 
-    print(f"{'':18}{one_line(prompt)}")
+    print_row("", one_line(prompt))
+    draw_surprise(logits, tokens)
+    for i, block in enumerate(model.blocks):
+        weights = block.mha.attn_dropout.recorded[0]  # (n_heads, T, T)
+        for head in range(model.config.n_heads):
+            from_last = weights[head, -1].tolist()  # what the last position attends to
+            print_row(f"block {i}, head {head}", bars(from_last))
+    draw_next(logits[-1], tokenizer)
+
+
+def print_row(title, text):
+    """Prints a row of the picture: the title takes 18 columns."""
+    print(f"{title:18}{text}")
+
+
+def draw_surprise(logits, tokens):
+    """Draws the loss at each token but the first. A full bar is that of uniform guessing."""
     if len(tokens) > 1:
         losses = nn.losses.cross_entropy(logits[:-1], mx.array(tokens[1:]))  # (T - 1,)
-        uniform = math.log(len(tokenizer.vocab))  # the loss of uniform guessing: a full bar
-        print(f"{'surprise':18} {bars((losses / uniform).tolist())}")
-    for i, block in enumerate(model.blocks):
-        weights = block.mha.attn_dropout.recorded[0, :, -1]  # (n_heads, T), of the last position
-        for head, row in enumerate(weights.tolist()):
-            print(f"{f'block {i}, head {head}':18}{bars(row)}")
-    probabilities = mx.softmax(logits[-1])  # (vocab_size,)
+        uniform = math.log(logits.shape[-1])
+        print_row("surprise", " " + bars((losses / uniform).tolist()))
+
+
+def draw_next(logits, tokenizer):
+    """Draws the probabilities of the 8 most likely next characters. logits is (vocab_size,)."""
+    probabilities = mx.softmax(logits)  # (vocab_size,)
     for token in mx.argsort(-probabilities)[:8].tolist():
         p = probabilities[token].item()
-        print(f"{f'next {tokenizer.vocab[token]!r}':18}{p:.2f} {'█' * round(50 * p)}")
+        print_row(f"next {tokenizer.vocab[token]!r}", f"{p:.2f} {'█' * round(50 * p)}")
 
 
 # %% 13. The run
+#
+# The loop is in train(), at the end of this section. First, its helpers.
 
 
 def load_data():
-    """Reads input.txt: the tokenizer, the tokens to train on and to validate on, and a checksum.
+    """Reads input.txt: a tokenizer, the tokens to train on and to validate on, and a checksum.
 
-    Both parts are NumPy arrays. Raises UserError if there is too little to learn from, or OSError.
+    Both parts are NumPy arrays. The checksum is a number that tells one text from another. Raises
+    UserError if there is too little to learn from, or OSError.
     """
     try:
         text = load_text()
+    except FileNotFoundError:
+        raise UserError(f"there is no input.txt in {os.getcwd()}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"input.txt is not UTF-8: {error}") from None
-    if "\0" in text:
+    if "\0" in text:  # as in UTF-16, another encoding
         raise UserError("input.txt has NUL characters in it: save it as UTF-8")
     tokenizer = CharTokenizer(text)
     if len(tokenizer.vocab) < 2:
@@ -988,15 +1073,15 @@ def load_data():
     return tokenizer, train_tokens, val_tokens, zlib.crc32(text.encode())
 
 
-# Each stream is worked on by one core.
+# MLX does the work of a stream in order, and the work of two streams at once, on two cores.
 FIRST_CORE = mx.new_thread_local_stream(mx.cpu)
 SECOND_CORE = mx.new_thread_local_stream(mx.cpu)
 
 
 def two_core_loss(model, x, y):
-    """loss_fn for machines without a GPU: each of two cores takes half of the rows."""
+    """The same as loss_fn, for machines without a GPU: each of two cores takes half of the rows."""
     half = len(x) // 2
-    if 2 * half != len(x):
+    if 2 * half != len(x):  # halves of different size would have to be weighted
         return loss_fn(model, x, y)
     with mx.stream(FIRST_CORE):
         first = loss_fn(model, x[:half], y[:half])
@@ -1006,23 +1091,26 @@ def two_core_loss(model, x, y):
 
 
 def choose_loss_fn():
-    """loss_fn, or two_core_loss where there is no GPU. Call it before MLX computes anything."""
+    """loss_fn, or two_core_loss where there is no GPU."""
     if mx.default_device() != mx.cpu:
         return loss_fn
-    # How far ahead MLX looks for work. With its own value, 20, the second core often has none.
+    # MLX hands out the work so many operations at a time. By default it is 20, and then the first
+    # core gets so much at once that the second one waits. MLX reads this when it first computes.
     os.environ.setdefault("MLX_BFS_MAX_WIDTH", "8")
     return two_core_loss
 
 
 def join_processes(settings, checksum, history):
-    """The number of this process, from 0, and how many there are: one, or those of mlx.launch.
+    """(rank, processes): the number of this process, from 0, and how many there are.
 
-    Raises UserError if they would not train the same model together.
+    There is one, unless mlx.launch started several, to train the same model together. Raises
+    UserError if they differ in what they are about to do.
     """
     world = mx.distributed.init()
-    job = json.dumps([settings, checksum, history])
-    ours = mx.array([zlib.crc32(job.encode())], dtype=mx.uint32)
-    if mx.any(mx.distributed.all_gather(ours) != ours):
+    plan = json.dumps([settings, checksum, history])
+    our_plan = mx.array([zlib.crc32(plan.encode())], dtype=mx.uint32)
+    all_plans = mx.distributed.all_gather(our_plan)  # (processes,)
+    if mx.any(all_plans != our_plan):
         raise UserError(f"the processes differ in train.py, input.txt, or {CHECKPOINT}")
     if batch_size % world.size() != 0:
         raise UserError(f"{world.size()} processes cannot share batch_size = {batch_size} rows")
@@ -1030,69 +1118,73 @@ def join_processes(settings, checksum, history):
 
 
 def print_passing(line):
-    """Prints a line that the next print() overwrites. Does nothing unless in a terminal."""
-    if sys.stdout.isatty():
+    """In a terminal, prints a line that the next print() overwrites."""
+    if sys.stdout.isatty():  # not in a pipe or a file
         width = shutil.get_terminal_size().columns - 1
-        print(line[:width].ljust(width), end="\r", flush=True)
+        line = line[:width].ljust(width)  # neither longer nor shorter than the terminal is wide
+        print(line, end="\r", flush=True)  # \r: back to the beginning of the line
 
 
 def check_finite(loss, step):
-    """Raises UserError if the training has diverged. loss is a float."""
+    """Raises UserError if the training has diverged: the loss, a float, is nan or inf."""
     if not math.isfinite(loss):
         raise UserError(f"the loss is {loss} at step {step}: lower lr")
 
 
 class Progress:
-    """Reports from time to time how far the training is, and how long it will take."""
+    """Counts the steps, and reports from time to time how far the training is."""
 
     def __init__(self, steps_done, total_steps):
         self.step = steps_done
         self.total_steps = total_steps
-        self.pause = 1 if sys.stdout.isatty() else 15  # seconds between two reports
-        self.started = None
+        self.first_step = None  # the step after which the clock was started
 
     def update(self, loss):
-        """Counts a step. If it is time to, checks and reports its loss, a scalar array."""
+        """Counts a step, whose loss is a scalar array."""
         self.step += 1
-        if self.started is None:  # the first step compiles, so the clock starts after it
+        if self.first_step is None:  # compiling makes the first step slow: do not time it
             mx.eval(loss)
             self.first_step = self.step
-            self.started = self.last_report = time.perf_counter()
-        now = time.perf_counter()
-        if now - self.last_report < self.pause:
+            self.started = time.perf_counter()
+            self.last_report = self.started
             return
-        self.last_report = now
-        check_finite(loss.item(), self.step)  # .item() waits for the GPU, so not in every step
-        seconds_per_step = (now - self.started) / (self.step - self.first_step)
-        minutes = seconds_per_step * (self.total_steps - self.step) / 60
-        line = (f"step {self.step:,} of {self.total_steps:,}, loss {loss.item():.2f}, "
-                f"{minutes:.1f} min left")
+
+        now = time.perf_counter()
+        pause = 1 if sys.stdout.isatty() else 15  # seconds between two reports
+        is_due = now - self.last_report > pause
+        if is_due or self.step % 200 == 0:  # not in every step, since .item() waits for the GPU
+            check_finite(loss.item(), self.step)
+        if is_due:
+            self.last_report = now
+            self.report(loss.item(), now - self.started)
+
+    def report(self, loss, seconds):
+        """Prints the loss, and how long the rest will take."""
+        seconds_per_step = seconds / (self.step - self.first_step)
+        minutes_left = seconds_per_step * (self.total_steps - self.step) / 60
+        line = (f"step {self.step:,} of {self.total_steps:,}, loss {loss:.2f}, "
+                f"{minutes_left:.1f} min left")
         print_passing(line)
         if not sys.stdout.isatty():
             print(line, flush=True)
 
 
-def count_parameters(model):
-    """How many numbers training can change."""
-    return sum(weight.size for _, weight in tree_flatten(model.parameters()))
-
-
 def introduce(model, tokenizer, settings):
     """Prints what will be trained, with which settings, so that a misspelt one is noticed."""
-    values = [f"{name} {value}" for name, value in settings.items()]
+    values = [f"{name}={value}" for name, value in settings.items()]
     V = len(tokenizer.vocab)
     print(f"The {'small' if small else 'default'} model: {count_parameters(model):,} parameters")
-    print(", ".join(values[:7]))
-    print(", ".join(values[7:]))
-    print(f"Uniform guessing among {V} characters: ln {V} = {math.log(V):.4f}")
+    print(textwrap.fill(", ".join(values), width=79))
+    print(f"Uniform guessing among {V} characters: loss = ln {V} = {math.log(V):.4f}")
 
 
 def report(title, train_loss, val_loss, model, tokenizer):
     """Prints the losses, and a line of what the model writes now."""
+    perplexity = math.exp(min(val_loss, 99))  # exp(1000) would be an error
     print(f"{title} | train = {train_loss:.4f} | val = {val_loss:.4f} | "
-          f"perplexity {math.exp(min(val_loss, 99)):.1f}")
-    prompt = first_char(tokenizer)  # any other text whose characters are in input.txt will do
-    text = "".join(continue_text(model, tokenizer, prompt, 70))
+          f"perplexity {perplexity:.1f}")
+    prompt = first_char(tokenizer)  # any text will do, if its characters are in input.txt
+    text = "".join(continue_text(model, tokenizer, prompt, 69))
     print(f"{'':10}{one_line(text)}", flush=True)
 
 
@@ -1101,18 +1193,19 @@ def best_loss(history):
     return min(epoch["val"] for epoch in history)
 
 
-def save_epoch(model, optimizer, tokenizer, notes):
+def save_epoch(model, optimizer, tokenizer, settings, checksum, history):
     """Saves the model, if it is the best so far, and then the checkpoint.
 
-    If the run is killed between the two, --resume repeats the epoch with the same result.
+    If a run is killed between the two, --resume repeats the epoch, with the same result.
     """
-    history = notes["history"]
-    if len(history) == 1 and os.path.exists(MODEL):
-        with replacing(FORMER) as unfinished:
-            shutil.copyfile(MODEL, unfinished)
+    is_first = len(history) == 1
+    if is_first and os.path.exists(MODEL):  # it is from the run before
+        shutil.copyfile(MODEL, unfinished(FORMER))
+        os.replace(unfinished(FORMER), FORMER)
     if history[-1]["val"] == best_loss(history):
         save_model(MODEL, model, tokenizer)
-    save(CHECKPOINT, {"model": model.parameters(), "optimizer": optimizer.state}, notes)
+    state = {"model": model.parameters(), "optimizer": optimizer.state}
+    save(CHECKPOINT, state, {"settings": settings, "checksum": checksum, "history": history})
 
 
 def resume_run(model, optimizer, settings, checksum):
@@ -1121,64 +1214,74 @@ def resume_run(model, optimizer, settings, checksum):
     Raises UserError if that run is a different one, or finished.
     """
     saved, notes = load(CHECKPOINT)
-    try:
-        history, old_settings, old_checksum = notes["history"], notes["settings"], notes["checksum"]
-    except KeyError:
-        raise UserError(f"{CHECKPOINT} is not from this train.py") from None
-    if old_checksum != checksum:
+    if "history" not in notes:
+        raise UserError(f"{CHECKPOINT} holds no checkpoint")
+    if notes["checksum"] != checksum:
         raise UserError(f"{CHECKPOINT} is from a run on a different input.txt")
-    different = changes(old_settings, {n: settings[n] for n in settings if n not in MAY_CHANGE})
+    must_agree = {name: settings[name] for name in settings if name not in MAY_CHANGE}
+    different = changes(notes["settings"], must_agree)
     if different:
         raise UserError(f"{CHECKPOINT} is from a different run: {different}")
-    if len(history) >= num_epochs:
+    if len(notes["history"]) >= num_epochs:
         raise UserError("that run is finished: raise num_epochs to train on")
-    if old_settings["num_epochs"] != num_epochs:
-        print(f"num_epochs was {old_settings['num_epochs']}: from now on, the learning rate "
-              f"follows the schedule for {num_epochs}")
-    set_weights(model, saved["model"])
+    if not os.path.exists(MODEL):
+        raise UserError(f"there is no {MODEL} any more, with the best weights so far")
+
+    check_match(CHECKPOINT, saved["model"], model.parameters())
+    check_match(CHECKPOINT, saved["optimizer"], optimizer.state)
+    model.update(saved["model"])
     optimizer.state = saved["optimizer"]
-    return history
+    old_epochs = notes["settings"]["num_epochs"]
+    if old_epochs != num_epochs:
+        print(f"num_epochs was {old_epochs}: from now on, the learning rate follows the schedule "
+              f"for {num_epochs}")
+    return notes["history"]
 
 
-def add_to_diary(run):
-    """Adds a finished run to the diary. Returns how it compares with the last one on this text."""
-    lines = []
-    if os.path.exists(RUNS):
-        lines = Path(RUNS).read_text(encoding="utf-8", errors="replace").splitlines()
-    lines.append(json.dumps(run))
-    with replacing(RUNS) as unfinished:
-        Path(unfinished).write_text("\n".join(lines) + "\n", encoding="utf-8")
+def read_diary():
+    """The lines of the diary."""
+    if not os.path.exists(DIARY):
+        return []
+    return Path(DIARY).read_text(encoding="utf-8", errors="replace").splitlines()
 
-    comparison = ""
-    for line in lines[:-1]:
+
+def compare_with_last(run):
+    """What changed since the last run on the same text, and what it brought, in words."""
+    last = None
+    for line in read_diary():
         try:
             old = json.loads(line)
-            if old["checksum"] == run["checksum"]:
-                changed = changes(old["settings"], run["settings"]) or "no setting"
-                comparison = (f"Since the last run: {changed}. Best validation loss "
-                              f"{old['best_val']:.4f} to {run['best_val']:.4f}")
-        except (ValueError, TypeError, KeyError):
-            continue  # a damaged line
-    return comparison
+        except ValueError:  # a damaged line
+            continue
+        if isinstance(old, dict) and old.get("checksum") == run["checksum"]:
+            last = old
+    if last is None:
+        return "This is the first run on this text."
+    changed = changes(last["settings"], run["settings"]) or "no setting"
+    return (f"Since the last run: {changed}. "
+            f"Best validation loss {last['best_val']:.4f} to {run['best_val']:.4f}")
 
 
 def finish(history, settings, checksum):
-    """Ends a run: the diary, a text by the best weights, and how the run compares."""
+    """Ends a run: a line in the diary, a text by the best weights, and how the run compares."""
     model, tokenizer = load_model()
-    comparison = add_to_diary({
+    run = {
         "finished": time.strftime("%Y-%m-%d %H:%M"),
         "checksum": checksum,
         "parameters": count_parameters(model),
         "minutes": round(sum(epoch["minutes"] for epoch in history), 1),
         "best_val": best_loss(history),
         "settings": settings,
-    })
+    }
+    comparison = compare_with_last(run)
+    save_text(DIARY, "\n".join([*read_diary(), json.dumps(run)]) + "\n")
+
     text = "".join(continue_text(model, tokenizer, first_char(tokenizer), max_new_tokens))
-    with replacing(COMPLETIONS) as unfinished:
-        Path(unfinished).write_text(text, encoding="utf-8")
+    save_text(COMPLETIONS, text)
     print(f"\n{text}\n")
-    print(f"The best weights are in {MODEL}, this text is in {COMPLETIONS}, and {RUNS} has a new "
-          f"line.\n{comparison}")
+    print(f"The best weights are in {MODEL}, this text is in {COMPLETIONS}, and {DIARY} has a new "
+          f"line.")
+    print(comparison)
 
 
 def train(resume=False):
@@ -1186,6 +1289,8 @@ def train(resume=False):
 
     With resume=True, it goes on after the last saved epoch. Raises UserError.
     """
+    if not os.access(".", os.W_OK):
+        raise UserError(f"the folder {os.getcwd()} cannot be written to")
     fast_loss_fn = choose_loss_fn()
     settings = check_settings()
     tokenizer, train_tokens, val_tokens, checksum = load_data()
@@ -1195,8 +1300,8 @@ def train(resume=False):
     mx.random.seed(seed)
     model = GPT(GPTConfig(len(tokenizer.vocab), ctx_len, n_emb, n_heads, n_layers, dropout))
     optimizer = make_optimizer(total_steps)
-    optimizer.init(model.trainable_parameters())
-    history = []  # for each epoch, its losses and minutes
+    optimizer.init(model.trainable_parameters())  # m = 0 and v = 0 for each parameter
+    history = []  # for each epoch, its losses and how many minutes it took
     if resume:
         history = resume_run(model, optimizer, settings, checksum)
     rank, processes = join_processes(settings, checksum, history)
@@ -1206,21 +1311,23 @@ def train(resume=False):
         train_loss = evaluate(model, train_tokens[: 100 * ctx_len], fast_loss_fn)
         val_loss = evaluate(model, val_tokens[: 100 * ctx_len], fast_loss_fn)
         report("Untrained", train_loss, val_loss, model, tokenizer)
-
     print_passing("Compiling the training step")
+
     step = make_step(model, optimizer, fast_loss_fn)
     progress = Progress(len(history) * steps_per_epoch, total_steps)
     for epoch in range(len(history), num_epochs):
         started = time.perf_counter()
         rng = np.random.default_rng([seed, epoch])  # so that a resumed epoch is the same
-        mx.random.seed(int(rng.integers(2**31)) + rank)
-        model.train()  # dropout on
+        mx.random.seed(int(rng.integers(2**31)) + rank)  # for dropout
+        model.train()
         for x, y in get_batches(train_tokens, ctx_len, batch_size, rng):
-            loss = step(x[rank::processes], y[rank::processes])  # this process's share of the rows
+            x = x[rank::processes]  # this process's share of the rows: all, if it is the only one
+            y = y[rank::processes]
+            loss = step(x, y)
             mx.async_eval(loss, model.state, optimizer.state)  # start computing, and do not wait
             progress.update(loss)
-            # To save every 500 steps: if progress.step % 500 == 0: save_model("my.safetensors",
-            # model, tokenizer). --resume cannot go on from there, only from the end of an epoch.
+            # To keep the weights every 500 steps: if progress.step % 500 == 0: save_model(
+            # "my.safetensors", model, tokenizer). --resume goes on from whole epochs only.
 
         print_passing("Measuring the losses")
         train_loss = evaluate(model, train_tokens[: len(val_tokens)], fast_loss_fn)
@@ -1229,8 +1336,7 @@ def train(resume=False):
         minutes = (time.perf_counter() - started) / 60
         history.append({"train": train_loss, "val": val_loss, "minutes": minutes})
         if rank == 0:
-            notes = {"settings": settings, "checksum": checksum, "history": history}
-            save_epoch(model, optimizer, tokenizer, notes)
+            save_epoch(model, optimizer, tokenizer, settings, checksum, history)
         report(f"Epoch {epoch:2}", train_loss, val_loss, model, tokenizer)
 
     if rank == 0:
@@ -1241,13 +1347,14 @@ def train(resume=False):
 
 
 def main():
-    """Does what the command line says. Errors that the user can fix are shown in one line."""
-    parser = argparse.ArgumentParser(description="Train a small GPT-2 on input.txt.")
-    parser.add_argument("--sample", metavar="TEXT", nargs="?", const="",
-                        help="continue TEXT with the trained model")
-    parser.add_argument("--look", metavar="TEXT",
-                        help="show what the trained model attends to and what it predicts next")
-    parser.add_argument("--resume", action="store_true", help="resume an interrupted run")
+    """Does what the command line says. Shows a UserError or OSError in one line."""
+    parser = argparse.ArgumentParser(description="Without options: train GPT-2 on input.txt.")
+    options = parser.add_mutually_exclusive_group()
+    options.add_argument("--sample", metavar="TEXT", nargs="?", const="",  # TEXT may be left out
+                         help="continue TEXT with the trained model")
+    options.add_argument("--look", metavar="TEXT",
+                         help="show what the trained model attends to and what it predicts next")
+    options.add_argument("--resume", action="store_true", help="resume an interrupted run")
     arguments = parser.parse_args()
 
     sys.stdout.reconfigure(errors="replace")  # for terminals that cannot show every character
@@ -1260,8 +1367,8 @@ def main():
             look(arguments.look)
         else:
             train(arguments.resume)
-    except KeyboardInterrupt:
-        sys.exit("\ntrain.py: stopped. python train.py --resume goes on after the last saved epoch")
+    except KeyboardInterrupt:  # Ctrl-C
+        sys.exit("\ntrain.py: stopped")
     except BrokenPipeError:  # the reader of a pipe has left, as in: python train.py --sample | head
         sys.stdout = None  # or Python would try to write to it once more
         sys.exit(1)
@@ -1270,7 +1377,7 @@ def main():
 
 
 if __name__ == "__main__":
-    if "ipykernel" in sys.modules:  # a notebook, which has no command line
+    if Path(sys.argv[0]).name.endswith("kernel_launcher.py"):  # a notebook has no command line
         train()
     else:
         main()

@@ -28,39 +28,57 @@ sys.path.insert(0, str(ROOT))
 import train  # noqa: E402
 
 SOURCE = (ROOT / "train.py").read_text(encoding="utf-8")
-DEFAULTS = {name: ast.literal_eval(value) for name, value in
-            re.findall(r"^(\w+) = (?:\S+ if small else )?([^#\n]+?) +# ",
-                       SOURCE.split("# The model.\n")[1].split("# 2. Data\n")[0], re.M)}
 STEPS = 20 if mx.default_device() == mx.gpu else 2
 
 
+def default_settings():
+    """The constants in the block `if not small:` of train.py."""
+    for node in ast.parse(SOURCE).body:
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "not small":
+            return {line.targets[0].id: ast.literal_eval(line.value) for line in node.body}
+
+
 def prepare():
-    """Sets the default settings and epochs of STEPS steps; returns all tokens to train on."""
-    for name, value in {**DEFAULTS, "num_epochs": 10**9}.items():
+    """Sets the default model's settings. Returns the tokens of the training set."""
+    for name, value in default_settings().items():
         setattr(train, name, value)
-    train.evaluate = lambda *_: 0.0
-    train.count_batches = lambda *_: STEPS
     text = train.load_text(ROOT / "input.txt")
     return train.split(np.array(train.CharTokenizer(text).encode(text), dtype=np.int32))[0]
 
 
-def ours(tokens, compiled=True):
-    """train.py as it is: a turn is an epoch of its loop, without the evaluation."""
+def new_model():
     mx.random.seed(0)
-    model, optimizer = train.GPT(65), train.make_optimizer(10**9)
+    return train.GPT(train.GPTConfig(65, train.ctx_len, train.n_emb, train.n_heads,
+                                     train.n_layers, train.dropout))
+
+
+def endless_batches(tokens):
+    rng = np.random.default_rng(0)
+    while True:
+        yield from train.get_batches(tokens, train.ctx_len, train.batch_size, rng)
+
+
+def ours(tokens, compiled=True):
+    """train.py's step, batches, and loop."""
+    model = new_model()
+    optimizer = train.make_optimizer(10**9)
     optimizer.init(model.trainable_parameters())
-    epochs = train.train(model, optimizer, tokens, tokens, loss_fn=train.shared_loss)
+    step = train.make_step(model, optimizer, train.choose_loss_fn())
+    batches = endless_batches(tokens)
 
     def turn():
         (mx.enable_compile if compiled else mx.disable_compile)()
-        next(epochs)
+        model.train()
+        for _ in range(STEPS):
+            loss = step(*next(batches))
+            mx.async_eval(loss, model.state, optimizer.state)
+        mx.eval(loss, model.state, optimizer.state)
     return turn
 
 
 def article(tokens):
     """The plain loop: all chunks shuffled at once, no mx.compile, .item() in every step."""
-    mx.random.seed(0)
-    model, optimizer = train.GPT(65), optim.AdamW(1e-3)
+    model, optimizer = new_model(), optim.AdamW(1e-3)
     loss_and_grad = nn.value_and_grad(model, train.loss_fn)
     B, T = train.batch_size, train.ctx_len
     rows = (len(tokens) - 1) // T
@@ -98,8 +116,8 @@ def pytorch(tokens):
         def __init__(self):
             super().__init__()
             self.ln_1, self.ln_2 = torch.nn.LayerNorm(C), torch.nn.LayerNorm(C)
-            self.qkv, self.proj = torch.nn.Linear(C, 3 * C, bias=False), torch.nn.Linear(C, C)
-            self.mlp = torch.nn.Sequential(torch.nn.Linear(C, 4 * C), torch.nn.GELU(),
+            self.qkv, self.proj = torch.nn.Linear(C, 3 * C), torch.nn.Linear(C, C)
+            self.mlp = torch.nn.Sequential(torch.nn.Linear(C, 4 * C), torch.nn.GELU("tanh"),
                                            torch.nn.Linear(4 * C, C), torch.nn.Dropout(p))
 
         def forward(self, x):
@@ -110,17 +128,23 @@ def pytorch(tokens):
             return x + self.mlp(self.ln_2(x))
 
     wte, wpe = torch.nn.Embedding(65, C).to(device), torch.nn.Embedding(train.ctx_len, C).to(device)
-    body = torch.nn.Sequential(*(Block() for _ in range(train.n_layers)), torch.nn.LayerNorm(C),
-                               torch.nn.Linear(C, 65)).to(device)
+    blocks = [Block() for _ in range(train.n_layers)]
+    body = torch.nn.Sequential(*blocks, torch.nn.LayerNorm(C)).to(device)
     weights = [*wte.parameters(), *wpe.parameters(), *body.parameters()]
     optimizer = torch.optim.AdamW(weights, lr=1e-3, fused=device == "cuda")
-    places = torch.arange(train.ctx_len, device=device)
+    positions = torch.arange(train.ctx_len, device=device)
+
+    @torch.compile
+    def loss_of(x, y):
+        logits = body(F.dropout(wte(x) + wpe(positions), p)) @ wte.weight.T
+        return F.cross_entropy(logits.view(-1, 65), y.view(-1))
+
+    batches = endless_batches(tokens)
 
     def turn():
-        for batch in train.get_batches(tokens, train.batch_size, shuffle=True):
-            x, y = (torch.from_numpy(np.array(a)).long().to(device) for a in batch)
-            logits = body(F.dropout(wte(x) + wpe(places), p))
-            loss = F.cross_entropy(logits.view(-1, 65), y.view(-1))
+        for _ in range(STEPS):
+            x, y = (torch.from_numpy(np.array(a)).long().to(device) for a in next(batches))
+            loss = loss_of(x, y)
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(weights, 1.0)
@@ -145,11 +169,10 @@ def race(variants, seconds):
 
 def sampling():
     """The turns of generate at a full window, and of the article's way, the window run anew."""
-    mx.random.seed(0)
-    model = train.GPT(65)
+    model = new_model()
     model.eval()
     window = np.random.default_rng(0).integers(0, 65, train.ctx_len).tolist()
-    made = model.generate(window, 10**9)
+    made = train.generate(model, window, 10**9)
 
     def with_cache():  # as many characters as lie between two readings-in of half the window
         for _ in range(train.ctx_len // 2):
@@ -187,27 +210,24 @@ def seconds_to_first_step():
     return statistics.median(times)
 
 
-VIEWS = {"Transpose", "Reshape", "Squeeze", "Unflatten", "Flatten", "ExpandDims", "Broadcast", "Split"}
+VIEWS = {"Transpose", "Reshape", "Squeeze", "Unflatten", "Flatten", "ExpandDims", "Broadcast",
+         "Split"}
 
 
-def operations():
-    """How many operations a compiled step has, from MLX's own graph, without mere views of memory."""
+def operations(tokens):
+    """How many operations a compiled step has, in MLX's own graph, without mere views of memory."""
     mx.enable_compile()
-    mx.random.seed(0)
-    model, optimizer = train.GPT(65), train.make_optimizer(10**9)
+    model, optimizer = new_model(), train.make_optimizer(10**9)
     optimizer.init(model.trainable_parameters())
-    graphs, begin = [], mx.async_eval
-
-    def note(loss, state):
-        graph = io.StringIO()
-        mx.export_to_dot(graph, loss, *(array for _, array in tree_flatten(state)))
-        graphs.append(re.findall(r'label ="(\w+)[^"]*", shape=rectangle', graph.getvalue()))
-        begin(loss, state)
-
-    mx.async_eval = note
-    next(train.train(model, optimizer, np.arange(10**5) % 65, np.arange(10**4) % 65))
-    mx.async_eval = begin
-    kinds = Counter(re.sub("Compiled.*", "Compiled", name) for name in graphs[-1])
+    step = train.make_step(model, optimizer, train.loss_fn)
+    batches = endless_batches(tokens)
+    mx.eval(step(*next(batches)), model.state, optimizer.state)
+    loss = step(*next(batches))
+    graph = io.StringIO()
+    arrays = [array for _, array in tree_flatten([model.state, optimizer.state])]
+    mx.export_to_dot(graph, loss, *arrays)
+    names = re.findall(r'label ="(\w+)[^"]*", shape=rectangle', graph.getvalue())
+    kinds = Counter(re.sub("Compiled.*", "Compiled", name) for name in names)
     return Counter({name: n for name, n in kinds.items() if name not in VIEWS})
 
 
@@ -239,7 +259,7 @@ def main():
     cached, whole = turns
     show("Sampling, characters a second",
          {cached: train.ctx_len // 2 / times[cached], whole: 1 / times[whole]}, 0, "more", whole)
-    kinds = operations()
+    kinds = operations(tokens)
     print(f"\nOperations in a compiled step: {sum(kinds.values())}, of which " +
           ", ".join(f"{n} {name}" for name, n in kinds.most_common(8)))
     print(f"\nFrom start to first training step: {seconds_to_first_step():.2f} s")

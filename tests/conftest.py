@@ -29,8 +29,9 @@ unix = pytest.mark.skipif(os.name == "nt", reason="needs Unix signals, pipes, or
 TINY = dict(ctx_len=12, n_emb=16, n_heads=2, n_layers=1, dropout=0.0, num_epochs=2, batch_size=4,
             lr=1e-2, warmup_steps=3, weight_decay=0.1, beta1=0.9, beta2=0.99, max_norm=1.0, seed=0,
             max_new_tokens=40, temperature=0.8, top_k=40)
-TEXT = "".join(f"{n} sheep and {n * 7 % 10} goats went over the hill; one came back.\n"
-               for n in range(16))
+TEXT = "".join(map(chr, range(32, 127))) + "\n"  # so that a reader's own prompts are in it
+TEXT += "".join(f"{n} sheep and {n * 7 % 10} goats went over the hill; one came back.\n"
+                for n in range(16))
 SHIPPED = "46191818cac3a9016d23b81f50be44eeb3bc237fa841e839b521c5badcfa357e"  # SHA-256
 
 
@@ -87,7 +88,7 @@ class Folder:
     def command(self, *arguments, code=None):
         """What subprocess needs to start train.py with arguments, or else some Python code."""
         program = ["-c", code] if code else ["train.py"]
-        environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
+        environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "PYTHONUTF8": "1"}
         environment.pop("PYTHONUNBUFFERED", None)
         return dict(args=[sys.executable, *program, *arguments], cwd=self.path, text=True,
                     env=environment, encoding="utf-8")

@@ -50,7 +50,7 @@ class Block(nn.Module):
         super().__init__()
         self.n_heads = n_heads
         self.ln_1, self.ln_2 = nn.LayerNorm(n_emb), nn.LayerNorm(n_emb)
-        self.qkv = nn.Linear(n_emb, 3 * n_emb, bias=False)
+        self.qkv = nn.Linear(n_emb, 3 * n_emb)
         self.attn_c_proj = nn.Linear(n_emb, n_emb)
         self.c_fc, self.mlp_c_proj = nn.Linear(n_emb, 4 * n_emb), nn.Linear(4 * n_emb, n_emb)
 
@@ -66,7 +66,8 @@ class Block(nn.Module):
             out.append(drop(scores.softmax(-1)) @ v[:, :, :S])
         out = torch.cat(out, 2)
         x = x + drop(self.attn_c_proj(out.transpose(1, 2).reshape(B, T, C)))
-        return x + drop(self.mlp_c_proj(F.gelu(self.c_fc(self.ln_2(x)))))
+        hidden = F.gelu(self.c_fc(self.ln_2(x)), approximate="tanh")
+        return x + drop(self.mlp_c_proj(hidden))
 
 
 class GPT(nn.Module):
@@ -74,7 +75,7 @@ class GPT(nn.Module):
         super().__init__()
         self.wte, self.wpe = nn.Embedding(vocab_size, s.n_emb), nn.Embedding(s.ctx_len, s.n_emb)
         self.blocks = nn.ModuleList(Block(s.n_emb, s.n_heads) for _ in range(s.n_layers))
-        self.ln_f, self.lm_head = nn.LayerNorm(s.n_emb), nn.Linear(s.n_emb, vocab_size)
+        self.ln_f = nn.LayerNorm(s.n_emb)
         for name, weight in self.named_parameters():
             if weight.ndim == 2:
                 scale = math.sqrt(2 * s.n_layers) if name.endswith("c_proj.weight") else 1
@@ -88,7 +89,8 @@ class GPT(nn.Module):
         x = drop(self.wte(x) + self.wpe.weight[: x.shape[1]])
         for block in self.blocks:
             x = block(x, drop)
-        return F.cross_entropy(self.lm_head(self.ln_f(x)).flatten(0, 1), y.flatten())
+        logits = self.ln_f(x) @ self.wte.weight.T
+        return F.cross_entropy(logits.flatten(0, 1), y.flatten())
 
 
 def evaluate(model, val, s):
@@ -96,7 +98,7 @@ def evaluate(model, val, s):
     whole = (len(val) - 1) // s.ctx_len * s.ctx_len
     x, y = val[:whole].view(-1, s.ctx_len), val[1 : whole + 1].view(-1, s.ctx_len)
     with torch.no_grad():
-        batches = zip(x.split(s.batch_size), y.split(s.batch_size))
+        batches = zip(x.split(s.batch_size), y.split(s.batch_size), strict=True)
         return sum(model(a, b).item() * b.numel() for a, b in batches) / whole
 
 
@@ -118,9 +120,10 @@ def main():
     model = GPT(len(vocab), s)
     weights = dict(model.named_parameters())
     print(f"{settings}\n{sum(w.numel() for w in weights.values()):,} parameters", flush=True)
-    linear = [n for n, w in weights.items() if w.ndim == 2 and not n.startswith(("wte", "wpe"))]
-    groups = [{"params": [weights[n] for n in linear], "weight_decay": s.weight_decay},
-              {"params": [w for n, w in weights.items() if n not in linear], "weight_decay": 0.0}]
+    decayed = [w for n, w in weights.items() if n.startswith("blocks") and w.ndim == 2]
+    others = [w for n, w in weights.items() if not (n.startswith("blocks") and w.ndim == 2)]
+    groups = [{"params": decayed, "weight_decay": s.weight_decay},
+              {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=s.lr, betas=(s.beta1, s.beta2), fused=True)
     loss_fn = torch.compile(model, dynamic=False)
     n_bits = s.n_emb + s.n_layers * (2 * s.n_emb + s.n_heads * s.ctx_len)  # at most, for a token

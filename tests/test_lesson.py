@@ -1,0 +1,179 @@
+"""The worked numbers in train.py: its doctests, and its tables, computed here in another way.
+
+A table that is no longer there, or that has other rows, is skipped.
+"""
+
+import doctest
+import math
+import re
+
+import numpy as np
+import pytest
+import reference
+import train
+from conftest import ROOT, SOURCE
+
+PROSE = " ".join(" ".join(re.findall(r"^# ?(.*)$", SOURCE, re.M)).split())
+
+
+def tables():
+    """Each indented piece of the comments, as a list of its lines."""
+    for piece in re.findall(r"(?:^#     .*\n)+", SOURCE, re.M):
+        yield [line[1:].strip() for line in piece.splitlines()]
+
+
+def table(*labels):
+    """The cells of the table whose rows begin with these labels: for each row, its words."""
+    for lines in tables():
+        rows = list(zip(labels, lines, strict=False))
+        if len(labels) == len(lines) and all(line.startswith(label + " ") for label, line in rows):
+            return [line.removeprefix(label).split() for label, line in rows]
+    pytest.skip(f"train.py has no table with the rows {', '.join(labels)}")
+
+
+def number(text):
+    """What 0.5, -inf, 1/65, and 8,320 mean."""
+    top, _, bottom = text.replace(",", "").partition("/")
+    try:
+        return float(top) / float(bottom or 1)
+    except ValueError:
+        pytest.skip(f"{text!r}, in a table of train.py, is not a number")
+
+
+def rounds_to(value, text):
+    """Whether a number is what the text says, to as many places as it gives."""
+    places = len(text.partition(".")[2])
+    return abs(value - number(text)) <= 0.5000001 * 10**-places
+
+
+def rows_agree(values, cells):
+    assert len(values) == len(cells)
+    return all(map(rounds_to, values, cells))
+
+
+def test_doctests():
+    assert doctest.testmod(train).failed == 0
+
+
+def test_rows_of_a_batch(shipped_text):
+    vocab = sorted(set(shipped_text))
+    for shift, cells in enumerate(table("x =", "y =")):
+        text = shipped_text[shift : shift + len(cells) // 2]
+        assert cells == [str(vocab.index(c)) for c in text] + list(text.replace(" ", "_"))
+
+
+def test_loss_of_a_probability():
+    p, loss = table("p", "loss")
+    assert rows_agree([-math.log(number(cell)) for cell in p], loss)
+
+
+def test_n_grams(shipped_text):
+    orders, losses = table("n", "loss")
+    tokens = np.unique(list(shipped_text), return_inverse=True)[1]
+    train_text, val_text = np.split(tokens, [len(tokens) * 9 // 10])
+    found = [reference.kneser_ney(train_text, val_text, 65, int(n)) for n in orders]
+    assert rows_agree(found, losses)
+    notebook = (ROOT / "tests" / "MEASUREMENTS.md").read_text(encoding="utf-8")
+    row = re.search(r"^\| shipped text \| (\d.*) \|$", notebook.split("\n## Counting\n")[-1], re.M)
+    if row and orders[0] == "1":
+        assert all(map(rounds_to, found, row[1].split(" | ")))
+
+
+def two_letters(w):
+    """The loss of the model with one parameter, and its gradient, by nudging."""
+    def loss(w):
+        p = math.exp(w) / (math.exp(w) + 1)
+        return -0.75 * math.log(p) - 0.25 * math.log(1 - p)
+
+    return loss(w), (loss(w + 1e-5) - loss(w - 1e-5)) / 2e-5
+
+
+def test_gradient_descent():
+    rows = table("w", "p", "loss", "gradient")
+    w = 0.0
+    for cells in zip(*rows, strict=True):
+        if cells[0] == "...":
+            for _ in range(100):
+                w -= 2 * two_letters(w)[1]
+            assert abs(w - math.log(3)) < 1e-6
+            continue
+        loss, gradient = two_letters(w)
+        assert rows_agree([w, math.exp(w) / (math.exp(w) + 1), loss, gradient], cells)
+        w -= 2 * gradient
+
+
+def test_averages_by_softmax():
+    for n, cells in enumerate(table("1", "1/2", "1/3"), 1):
+        weights, scores = " ".join([f"1/{n}", *cells]).split(" = ")
+        weights = [number(cell) for cell in weights.split()]
+        scores = [number(cell) for cell in re.findall(r"[-\w]+", scores.removeprefix("softmax"))]
+        assert np.allclose(reference.softmax(np.array(scores)), weights)
+
+
+def test_why_scores_are_divided():
+    sizes, roots, shares = table("head_size", "sqrt(head_size)", "softmax(that, 0)[0]")
+    pairs = np.random.default_rng(0).normal(size=(2, 20_000, max(map(int, sizes))))
+    for size, root, share in zip(map(int, sizes), roots, shares, strict=True):
+        assert rounds_to(math.sqrt(size), root)
+        assert rounds_to(reference.softmax(np.array([math.sqrt(size), 0]))[0], share)
+        assert abs((pairs[0] * pairs[1])[:, :size].sum(1).var() / size - 1) < 0.05
+
+
+def test_gelu():
+    x, gelu = table("x", "gelu(x)")
+    x = np.array([number(cell) for cell in x])
+    exact = x * [(1 + math.erf(value / math.sqrt(2))) / 2 for value in x]
+    assert rows_agree(exact, gelu)
+
+
+def test_layer_norm():
+    x, centered, normed = table("x", "minus the mean, 3", "divided by the root of 14/3")
+    x = np.array([number(cell) for cell in x])
+    assert x.mean() == 3 and math.isclose(x.var(), 14 / 3)
+    assert rows_agree(x - 3, centered) and rows_agree((x - 3) / x.std(), normed[: len(x)])
+
+
+def test_parameters_of_the_default_model():
+    lines = next((lines for lines in tables() if lines[0].startswith("wte ")), [])
+    numbers = [int(n.replace(",", "")) for n in re.findall(r"\b\d[\d,]*\b", " ".join(lines))]
+    if len(numbers) != 17:
+        pytest.skip("train.py has no table of the parameters, or one with other rows")
+    V, C, T, L = (numbers[i] for i in (0, 1, 3, 13))
+    linear = C * C + C  # a matrix and its biases
+    block = 4 * C + 8 * linear + 4 * C * C + C
+    assert numbers == [
+        V, C, V * C, T, C, T * C, 4 * C, 3, linear, linear, 4 * linear, 4 * C * C + C,
+        block, L, L * block, 2 * C, reference.count_parameters(V, T, C, L)]
+
+
+def test_temperatures():
+    logits, half, one, two = table("logits", "temperature 0.5", "temperature 1", "temperature 2")
+    logits = np.array([number(cell) for cell in logits])
+    for temperature, cells in ((0.5, half), (1, one), (2, two)):
+        assert rows_agree(reference.softmax(logits / temperature), cells)
+
+
+def adam(signs):
+    """How large m / sqrt(v) typically is, late in a run whose gradients are 1 and -1."""
+    optimizer = reference.AdamW(0.9, 0.99, 0.0)
+    moves = [optimizer.step(0.0, sign, 1.0) for sign in signs]
+    return np.std(moves[len(moves) // 2 :])
+
+
+# Numbers in sentences. A sentence that is worded anew is skipped.
+NUMBER = r"(-?\d[\d,]*\.?\d*)"
+
+
+@pytest.mark.parametrize("pattern, value", [
+    (f"learning rate of 20 the first step leads to w = {NUMBER}", lambda: -20 * two_letters(0)[1]),
+    (f"far past the goal, and the loss there is {NUMBER}", lambda: two_letters(5)[0]),
+    (f"makes {NUMBER} million", lambda: reference.count_parameters(50257, 1024, 768, 12) / 1e6),
+    (rf"between 1 and -1, m / sqrt\(v\) is only {NUMBER}", lambda: adam([1, -1] * 2000)),
+    (f"With random signs, it is about {NUMBER}",
+     lambda: adam(np.random.default_rng(0).choice([-1, 1], size=20_000))),
+])
+def test_number_in_a_sentence(pattern, value):
+    found = re.findall(pattern, PROSE)
+    if not found:
+        pytest.skip("train.py has no such sentence")
+    assert all(rounds_to(value(), text.rstrip(",")) for text in found), found
