@@ -966,6 +966,7 @@ def continue_text(model, tokenizer, prompt, length):
 
 def type_out(prompt):
     """Prints the prompt, and then each character as the saved model generates it."""
+    check_settings()
     model, tokenizer = load_model()
     check_prompt(tokenizer, prompt)
     print(prompt, end="", flush=True)
@@ -1245,10 +1246,10 @@ def read_diary():
     return Path(DIARY).read_text(encoding="utf-8", errors="replace").splitlines()
 
 
-def compare_with_last(run):
+def compare_with_last(run, earlier_lines):
     """What changed since the last run on the same text, and what it brought, in words."""
     last = None
-    for line in read_diary():
+    for line in earlier_lines:
         try:
             old = json.loads(line)
         except ValueError:  # a damaged line
@@ -1273,15 +1274,16 @@ def finish(history, settings, checksum):
         "best_val": best_loss(history),
         "settings": settings,
     }
-    comparison = compare_with_last(run)
-    save_text(DIARY, "\n".join([*read_diary(), json.dumps(run)]) + "\n")
+    earlier_lines = read_diary()
+    all_lines = [*earlier_lines, json.dumps(run)]
+    save_text(DIARY, "\n".join(all_lines) + "\n")
 
     text = "".join(continue_text(model, tokenizer, first_char(tokenizer), max_new_tokens))
     save_text(COMPLETIONS, text)
     print(f"\n{text}\n")
     print(f"The best weights are in {MODEL}, this text is in {COMPLETIONS}, and {DIARY} has a new "
           f"line.")
-    print(comparison)
+    print(compare_with_last(run, earlier_lines))
 
 
 def train(resume=False):
@@ -1367,8 +1369,9 @@ def main():
             look(arguments.look)
         else:
             train(arguments.resume)
+        sys.stdout.flush()  # so that a closed pipe is noticed here
     except KeyboardInterrupt:  # Ctrl-C
-        sys.exit("\ntrain.py: stopped")
+        sys.exit("\ntrain.py: stopped. To resume a run: python train.py --resume")
     except BrokenPipeError:  # the reader of a pipe has left, as in: python train.py --sample | head
         sys.stdout = None  # or Python would try to write to it once more
         sys.exit(1)

@@ -159,7 +159,7 @@ def race(variants, seconds):
     for turn in variants.values():
         turn()
     end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(times[name]) < 3:
+    while time.perf_counter() < end or min(map(len, times.values())) < 3:
         for name, turn in variants.items():
             start = time.perf_counter()
             turn()

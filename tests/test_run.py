@@ -451,8 +451,8 @@ def test_a_refusal_is_one_line_and_a_status(folder):
 
 @pytest.mark.parametrize("name, value", [
     ("n_heads", 3), ("n_emb", 0), ("ctx_len", True), ("dropout", 1.0), ("num_epochs", 0),
-    ("batch_size", 0), ("n_layers", 1.5), ("lr", "3e-3"), ("lr", (3e-3,)), ("max_norm", math.nan), ("seed", -1),
-    ("beta2", 1), ("top_k", None), ("temperature", -1)])
+    ("batch_size", 0), ("n_layers", 1.5), ("lr", "3e-3"), ("lr", (3e-3,)), ("max_norm", math.nan),
+    ("seed", -1), ("beta2", 1), ("top_k", None), ("temperature", -1)])
 def test_settings_that_cannot_be_used(here, tiny, command, name, value):
     tiny(**{name: value})
     assert f"{name} = {value!r}" in refused(here, command)
@@ -678,5 +678,5 @@ def test_progress_takes_one_row_of_a_terminal(folder, width):
     assert all(len(part) < width for part in passing)
     assert epochs("\n".join(row[-1] for row in rows)) == [0, 1]
     for row in rows:
-        for part, over_it in zip(row, row[1:]):
-            assert part[len(over_it) :].strip() == "", row  # nothing of it can still be seen
+        for i in range(1, len(row)):  # of what was there before, nothing can be seen
+            assert row[i - 1][len(row[i]) :].strip() == "", row
