@@ -31,6 +31,7 @@ First things to try: another `temperature` (section 1), `n_heads = 1`, your own 
 # ///
 
 import argparse
+import io
 import json
 import math
 import os
@@ -100,7 +101,7 @@ def load_text(path="input.txt"):
 
 
 def split(text):
-    """The first nine tenths of a text, and the last tenth.
+    """The first nine tenths of a text, and the last tenth. Works on arrays, too.
 
     >>> split("abcdefghij")
     ('abcdefghi', 'j')
@@ -215,8 +216,9 @@ def count_batches(tokens, ctx_len, batch_size):
 # the model is as unsure as if it chose among exp(1.5) = 4.5 equally likely characters.
 #
 # What is a good loss? Guessing blindly among 65 characters has ln 65 = 4.17. The classic baseline
-# is an *n-gram model*: it counts which characters followed the last n - 1 in the training set, and
-# how often. (Where it has counted too little, it mixes in shorter strings: *smoothing*.)
+# is an *n-gram model*, which counts what followed each string of n - 1 characters in the training
+# set: if "e" followed "th" 60 times out of 100, then p = 0.6 for an "e" after "th". (Where it has
+# seen too little, it mixes in the counts of shorter strings: *smoothing*.)
 #
 #     n        1       2       3       4       5       6       7
 #     loss     3.24    2.36    1.83    1.51    1.38    1.34    1.33
@@ -276,10 +278,11 @@ class GPTConfig:
     dropout: float
 
 
-# Inside the model each character is a vector of n_emb learned numbers. To predict what comes next,
-# a position needs information from the positions before it. The simplest way to get it is to
-# average their vectors. Here are the weights for three positions. Each row belongs to the position
-# that looks, and each column to one that it looks at:
+# Inside the model each position has a vector of n_emb numbers, which at first stands for its own
+# character only (section 8). To predict what comes next, it needs information from the positions
+# before it. The simplest way to get it is to average their vectors. Here are the *attention
+# weights*, the shares in the average, for three positions. Each row belongs to the position that
+# looks, and each column to one that it looks at:
 #
 #     1    0    0          = softmax(0, -inf, -inf)
 #     1/2  1/2  0          = softmax(0,    0, -inf)
@@ -298,8 +301,8 @@ class GPTConfig:
 # The score of one position for another is the *dot product* of its query and the other's key:
 # multiply entry by entry and add, so (1, 2) and (3, 4) give 1 * 3 + 2 * 4 = 11. It is large when
 # the two point the same way. The product of two matrices, a @ b, holds the dot product of each row
-# of a with each column of b. So q @ k.mT computes all scores at once (.mT turns rows into columns).
-# Softmax turns each row of scores into *attention weights*, and weights @ v averages the values.
+# of a with each column of b. So q @ k.mT computes all scores at once (.mT turns rows into columns),
+# softmax turns each row of scores into attention weights, and weights @ v averages the values.
 
 
 def attention_weights(q, k):
@@ -338,16 +341,17 @@ def attention_weights(q, k):
 # Why are the scores divided by sqrt(head_size), or *scaled*? The *variance* of numbers with mean 0
 # is the mean of their squares. Its square root, the *standard deviation*, says how large they
 # typically are. Suppose the entries of queries and keys are independent, with mean 0 and variance
-# 1. Then each product in a score has variance 1, too, and variances of independent numbers add: a
-# score has variance head_size. With larger heads, softmax would soon look at one position only:
+# 1. Then each product in a score has variance 1, too, and the variances add up (two facts of
+# statistics): a score has variance head_size. With larger heads softmax would *saturate*:
 #
 #     head_size              1        8        32       128
 #     sqrt(head_size)        1        2.83     5.66     11.31
 #     softmax(that, 0)[0]    0.731    0.944    0.997    1.000
 #
-# The others would get almost no gradient and hardly be learned. Divided by the root, it is
-# softmax(1, 0) = (0.731, 0.269) for any head_size. That is the general argument. Our weights start
-# so small (section 8) that all scores are far below 1 at first, and you may find no difference.
+# There the others get 0.000, a nudge to their scores changes nothing, and without a gradient nothing
+# is learned. Divided by the root, it is softmax(1, 0) = (0.731, 0.269) for any head_size. That is
+# the general argument. Our weights start so small (section 8) that all scores are far below 1 at
+# first, and you may find no difference.
 #
 # All this together is an attention *head*. It makes one average, so it can look for one kind of
 # thing. We want n_heads of them, which look for several kinds. Each gets head_size = n_emb /
@@ -374,13 +378,14 @@ class MultiHeadAttention(nn.Module):
         super().__init__()
         self.n_heads = config.n_heads
         # nn.Linear(a, b) turns vectors of a numbers into vectors of b numbers: it multiplies by a
-        # matrix and adds b more parameters, called *biases*. (The bias of k_proj can do nothing: it
-        # adds the same number to all scores of a query, and softmax(s + c) = softmax(s). GPT-2 has
-        # it anyway.) c_proj ("projection") mixes what the heads have found.
+        # matrix and adds b more parameters, called *biases*.
         self.q_proj = nn.Linear(config.n_emb, config.n_emb)
         self.k_proj = nn.Linear(config.n_emb, config.n_emb)
         self.v_proj = nn.Linear(config.n_emb, config.n_emb)
-        self.c_proj = nn.Linear(config.n_emb, config.n_emb)
+        self.c_proj = nn.Linear(config.n_emb, config.n_emb)  # projection: mixes what heads found
+        # (The bias of k_proj can do nothing: it adds the same number to all scores of a query, and
+        # softmax(s + c) = softmax(s). GPT-2 has it anyway.)
+        #
         # *Dropout* sets a random fraction of its input to 0 and scales up the rest to make up for
         # it. No part of the model can rely on any single number then, which makes memorizing
         # harder. It acts only in training: model.train() turns it on, and model.eval() off.
@@ -465,8 +470,9 @@ class MLP(nn.Module):
 # gradient passes along the stream undiminished.
 # (He et al., Deep Residual Learning for Image Recognition, 2015)
 #
-# As layer after layer adds to it, the stream grows. *LayerNorm* gives each layer an input of the
-# same size all the same. It shifts and scales each vector by itself to mean 0 and variance 1:
+# As layer after layer adds to it, the stream grows. With it, the scores in attention would grow,
+# until softmax saturates. *LayerNorm* gives every layer an input of the same size. It shifts and
+# scales each vector by itself to mean 0 and variance 1:
 #
 #     x                                   1        2        6
 #     minus the mean, 3                  -2       -1        3
@@ -609,9 +615,10 @@ def count_parameters(model):
 # parameter on which the batches disagree moves little. (m and v start at 0, which is too small at
 # first. The *bias correction* scales them up. A tiny number is added to sqrt(v), which may be 0.)
 #
-# AdamW adds *weight decay*: each step also shrinks w by lr * weight_decay * w. It stays large only
-# if its gradient keeps it large, which favors simple solutions. (Kingma and Ba, Adam, 2014;
-# Loshchilov and Hutter, Decoupled Weight Decay Regularization, 2017)
+# AdamW adds *weight decay*: each step also shrinks w by lr * weight_decay * w, so that it stays
+# large only if its gradient keeps it large. With large weights a model can react sharply to small
+# details, as memorizing requires. (Kingma and Ba, Adam, 2014; Loshchilov and Hutter, Decoupled
+# Weight Decay Regularization, 2017)
 
 
 def make_optimizer(total_steps):
@@ -627,7 +634,7 @@ def make_optimizer(total_steps):
     parameters jumping around the goal, since m / sqrt(v) does not shrink with the gradients.
     """
 
-    def learning_rate(step):  # step is an mx.array: a cosine would be mx.cos, not math.cos
+    def learning_rate(step):  # step is an mx.array, so a cosine would be mx.cos, not math.cos
         rise = (step + 1) / max(1, warmup_steps)
         fall = 1 - step / total_steps
         return lr * mx.clip(mx.minimum(rise, fall), 0, 1)  # for a constant: return mx.array(lr)
@@ -660,6 +667,7 @@ def make_optimizer(total_steps):
 #     max_norm, changed later        keeps its old value
 #     dropout                        stays on if it was on in the first call
 #     parameters, m, v, randomness   do change, because `state` names them
+#     step count, learning rate      do change: they are in optimizer.state
 #
 # While you experiment with step, return it uncompiled: `return step`.
 
@@ -673,7 +681,7 @@ def make_step(model, optimizer, loss_fn):
 
     def step(x, y):
         loss, grads = loss_and_grad(model, x, y)
-        grads = nn.average_gradients(grads)  # over several processes, if there are any
+        grads = nn.average_gradients(grads)  # over several processes (section 13)
         # *Gradient clipping*: if all gradients together, as one vector, are longer than max_norm,
         # they are scaled down to it. Otherwise m and v would remember one odd batch for long.
         grads, _ = optim.clip_grad_norm(grads, max_norm)
@@ -687,7 +695,7 @@ def make_step(model, optimizer, loss_fn):
 # A training run is then nothing but this. (The real loop, in section 13, also saves and reports.)
 #
 #     for epoch in range(num_epochs):
-#         model.train()
+#         model.train()  # dropout on, since evaluate turns it off
 #         for x, y in get_batches(train_tokens, ctx_len, batch_size, rng):
 #             loss = step(x, y)
 #             mx.eval(loss, model.state, optimizer.state)
@@ -841,7 +849,6 @@ LIMITS = {
     "temperature": (float, 0, math.inf),
     "top_k": (int, 1, math.inf),
 }
-MAY_CHANGE = ["num_epochs", "max_new_tokens", "temperature", "top_k"]  # before a --resume
 
 
 def check_settings():
@@ -849,10 +856,10 @@ def check_settings():
     settings = {}
     for name, (kind, smallest, below) in LIMITS.items():
         value = globals()[name]  # the variable of that name
-        if kind is int and type(value) is not int:
-            raise UserError(f"{name} = {value!r} must be a whole number")
-        if type(value) not in (int, float) or not smallest <= value < below:
-            raise UserError(f"{name} = {value!r} must be a number from {smallest} to below {below}")
+        allowed = (int,) if kind is int else (int, float)
+        if type(value) not in allowed or not smallest <= value < below:
+            raise UserError(f"{name} = {value!r} must be of type {kind.__name__}, "
+                            f"from {smallest} to below {below}")
         settings[name] = value
     if n_emb % n_heads != 0:
         raise UserError(f"n_emb = {n_emb} must be a multiple of n_heads = {n_heads}")
@@ -873,7 +880,7 @@ def unfinished(path):
     """The name for a file while it is being written.
 
     Once it is complete, os.replace() gives it its real name. So a run that is stopped in the middle
-    leaves no half file under that name.
+    leaves no half file under that name. (getpid() keeps two runs in one folder apart.)
     """
     path = Path(path)
     return str(path.with_name(f"unfinished-{os.getpid()}-{path.name}"))
@@ -924,7 +931,7 @@ def check_match(path, saved, ours):
 
 def save_model(path, model, tokenizer):
     """Saves the weights, and beside them what load_model() needs to build the model."""
-    notes = {"config": asdict(model.config), "vocab": tokenizer.vocab}
+    notes = {"config": asdict(model.config), "vocab": "".join(tokenizer.vocab)}
     save(path, model.parameters(), notes)
 
 
@@ -958,7 +965,11 @@ def first_char(tokenizer):
 
 
 def continue_text(model, tokenizer, prompt, length):
-    """Yields `length` characters that continue the prompt. The same seed gives the same text."""
+    """Yields `length` characters that continue the prompt. The same seed gives the same text.
+
+    It sets MLX's random seed and puts the model in eval mode. So if you call it in the middle of an
+    epoch, the epoch goes on with other random numbers, and needs model.train().
+    """
     mx.random.seed(seed)
     for token in generate(model, tokenizer.encode(prompt), length, temperature, top_k):
         yield tokenizer.decode([token])
@@ -1008,8 +1019,8 @@ def look(prompt):
     if not 1 <= len(tokens) <= ctx_len:
         raise UserError(f"the prompt has {len(tokens)} characters: it must have 1 to {ctx_len}")
 
-    # In eval mode dropout does nothing. So a recorder can take the place of the layer that the
-    # attention weights pass through.
+    # In MultiHeadAttention the attention weights pass through attn_dropout, which does nothing in
+    # eval mode. A recorder in its place keeps them.
     for block in model.blocks:
         block.mha.attn_dropout = Recorder()
     logits = model(mx.array([tokens]))[0]  # (T, vocab_size)
@@ -1032,7 +1043,8 @@ def print_row(title, text):
 def draw_surprise(logits, tokens):
     """Draws the loss at each token but the first. A full bar is that of uniform guessing."""
     if len(tokens) > 1:
-        losses = nn.losses.cross_entropy(logits[:-1], mx.array(tokens[1:]))  # (T - 1,)
+        targets = mx.array(tokens[1:])  # (T - 1,)
+        losses = nn.losses.cross_entropy(logits[:-1], targets)  # (T - 1,): one for each target
         uniform = math.log(logits.shape[-1])
         print_row("surprise", " " + bars((losses / uniform).tolist()))
 
@@ -1074,15 +1086,19 @@ def load_data():
     return tokenizer, train_tokens, val_tokens, zlib.crc32(text.encode())
 
 
-# MLX does the work of a stream in order, and the work of two streams at once, on two cores.
+# The next two functions only save time on machines without a GPU. MLX works on a *stream* in order,
+# and on two streams at once, with a core for each.
 FIRST_CORE = mx.new_thread_local_stream(mx.cpu)
 SECOND_CORE = mx.new_thread_local_stream(mx.cpu)
 
 
 def two_core_loss(model, x, y):
-    """The same as loss_fn, for machines without a GPU: each of two cores takes half of the rows."""
+    """The same as loss_fn, but each of two cores takes half of the rows.
+
+    Backpropagation does so, too: each half goes back on the core that it came from.
+    """
     half = len(x) // 2
-    if 2 * half != len(x):  # halves of different size would have to be weighted
+    if 2 * half != len(x):  # the mean over unequal halves would be another
         return loss_fn(model, x, y)
     with mx.stream(FIRST_CORE):
         first = loss_fn(model, x[:half], y[:half])
@@ -1095,22 +1111,27 @@ def choose_loss_fn():
     """loss_fn, or two_core_loss where there is no GPU."""
     if mx.default_device() != mx.cpu:
         return loss_fn
-    # MLX hands out the work so many operations at a time. By default it is 20, and then the first
-    # core gets so much at once that the second one waits. MLX reads this when it first computes.
+    # This limits how many operations MLX lines up for one core before it looks for some for the
+    # other. With 8 in place of its own 20, both are busy more of the time.
     os.environ.setdefault("MLX_BFS_MAX_WIDTH", "8")
     return two_core_loss
 
 
-def join_processes(settings, checksum, history):
-    """(rank, processes): the number of this process, from 0, and how many there are.
+# Several computers, or several *processes* (running programs) on one, can train a model together:
+# each computes the gradients for its share of the rows of each batch, and nn.average_gradients, in
+# make_step, gives all of them the mean. So they all take the same step. This is called *data
+# parallelism*. mlx.launch starts them. The number of a process is its *rank*.
 
-    There is one, unless mlx.launch started several, to train the same model together. Raises
-    UserError if they differ in what they are about to do.
+
+def join_processes(settings, checksum, history):
+    """The rank of this process, from 0, and how many processes there are: 1 without mlx.launch.
+
+    Raises UserError if they differ in what they are about to do.
     """
     world = mx.distributed.init()
     plan = json.dumps([settings, checksum, history])
-    our_plan = mx.array([zlib.crc32(plan.encode())], dtype=mx.uint32)
-    all_plans = mx.distributed.all_gather(our_plan)  # (processes,)
+    our_plan = mx.array([zlib.crc32(plan.encode())], dtype=mx.uint32)  # (1,): as one number
+    all_plans = mx.distributed.all_gather(our_plan)  # (processes,): each one's number
     if mx.any(all_plans != our_plan):
         raise UserError(f"the processes differ in train.py, input.txt, or {CHECKPOINT}")
     if batch_size % world.size() != 0:
@@ -1133,35 +1154,36 @@ def check_finite(loss, step):
 
 
 class Progress:
-    """Counts the steps, and reports from time to time how far the training is."""
+    """Counts the steps, and prints from time to time how far the training is."""
 
     def __init__(self, steps_done, total_steps):
         self.step = steps_done
         self.total_steps = total_steps
-        self.first_step = None  # the step after which the clock was started
+        self.start_time = None
 
     def update(self, loss):
         """Counts a step, whose loss is a scalar array."""
         self.step += 1
-        if self.first_step is None:  # compiling makes the first step slow: do not time it
+        if self.start_time is None:
+            # The first step is slow, since it is compiled. Start the clock after it.
             mx.eval(loss)
-            self.first_step = self.step
-            self.started = time.perf_counter()
-            self.last_report = self.started
+            self.start_step = self.step
+            self.start_time = time.perf_counter()
+            self.last_print = self.start_time
             return
 
         now = time.perf_counter()
-        pause = 1 if sys.stdout.isatty() else 15  # seconds between two reports
-        is_due = now - self.last_report > pause
+        pause = 1 if sys.stdout.isatty() else 15  # seconds between two lines
+        is_due = now - self.last_print > pause
         if is_due or self.step % 200 == 0:  # not in every step, since .item() waits for the GPU
             check_finite(loss.item(), self.step)
         if is_due:
-            self.last_report = now
-            self.report(loss.item(), now - self.started)
+            self.last_print = now
+            self.print_line(loss.item(), now)
 
-    def report(self, loss, seconds):
+    def print_line(self, loss, now):
         """Prints the loss, and how long the rest will take."""
-        seconds_per_step = seconds / (self.step - self.first_step)
+        seconds_per_step = (now - self.start_time) / (self.step - self.start_step)
         minutes_left = seconds_per_step * (self.total_steps - self.step) / 60
         line = (f"step {self.step:,} of {self.total_steps:,}, loss {loss:.2f}, "
                 f"{minutes_left:.1f} min left")
@@ -1195,9 +1217,9 @@ def best_loss(history):
 
 
 def save_epoch(model, optimizer, tokenizer, settings, checksum, history):
-    """Saves the model, if it is the best so far, and then the checkpoint.
+    """Saves the model, if it is the best so far, and last the checkpoint.
 
-    If a run is killed between the two, --resume repeats the epoch, with the same result.
+    So if the run is killed before the checkpoint is saved, it repeats the epoch and saves the same.
     """
     is_first = len(history) == 1
     if is_first and os.path.exists(MODEL):  # it is from the run before
@@ -1209,12 +1231,11 @@ def save_epoch(model, optimizer, tokenizer, settings, checksum, history):
     save(CHECKPOINT, state, {"settings": settings, "checksum": checksum, "history": history})
 
 
-def resume_run(model, optimizer, settings, checksum):
-    """Gives model and optimizer their state in CHECKPOINT. Returns the history of that run.
+MAY_CHANGE = ["num_epochs", "max_new_tokens", "temperature", "top_k"]  # before a --resume
 
-    Raises UserError if that run is a different one, or finished.
-    """
-    saved, notes = load(CHECKPOINT)
+
+def check_same_run(notes, settings, checksum):
+    """Raises UserError unless the run with these notes can go on with these settings."""
     if "history" not in notes:
         raise UserError(f"{CHECKPOINT} holds no checkpoint")
     if notes["checksum"] != checksum:
@@ -1228,6 +1249,11 @@ def resume_run(model, optimizer, settings, checksum):
     if not os.path.exists(MODEL):
         raise UserError(f"there is no {MODEL} any more, with the best weights so far")
 
+
+def resume_run(model, optimizer, settings, checksum):
+    """Gives model and optimizer their state in CHECKPOINT. Returns the history of that run."""
+    saved, notes = load(CHECKPOINT)
+    check_same_run(notes, settings, checksum)
     check_match(CHECKPOINT, saved["model"], model.parameters())
     check_match(CHECKPOINT, saved["optimizer"], optimizer.state)
     model.update(saved["model"])
@@ -1323,7 +1349,7 @@ def train(resume=False):
         mx.random.seed(int(rng.integers(2**31)) + rank)  # for dropout
         model.train()
         for x, y in get_batches(train_tokens, ctx_len, batch_size, rng):
-            x = x[rank::processes]  # this process's share of the rows: all, if it is the only one
+            x = x[rank::processes]  # this process's share of the rows: all of them, if it is alone
             y = y[rank::processes]
             loss = step(x, y)
             mx.async_eval(loss, model.state, optimizer.state)  # start computing, and do not wait
@@ -1332,7 +1358,7 @@ def train(resume=False):
             # "my.safetensors", model, tokenizer). --resume goes on from whole epochs only.
 
         print_passing("Measuring the losses")
-        train_loss = evaluate(model, train_tokens[: len(val_tokens)], fast_loss_fn)
+        train_loss = evaluate(model, train_tokens[: len(val_tokens)], fast_loss_fn)  # a part of it
         val_loss = evaluate(model, val_tokens, fast_loss_fn)
         check_finite(val_loss, progress.step)
         minutes = (time.perf_counter() - started) / 60
@@ -1361,7 +1387,7 @@ def main():
 
     sys.stdout.reconfigure(errors="replace")  # for terminals that cannot show every character
     if mx.distributed.init().rank() > 0:  # of several processes, only the first prints
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (open to the end)
+        sys.stdout = io.StringIO()
     try:
         if arguments.sample is not None:
             type_out(arguments.sample)
@@ -1380,7 +1406,7 @@ def main():
 
 
 if __name__ == "__main__":
-    if Path(sys.argv[0]).name.endswith("kernel_launcher.py"):  # a notebook has no command line
-        train()
+    if Path(sys.argv[0]).name.endswith("kernel_launcher.py"):
+        train()  # the cells of a notebook are run by a program of that name, without our options
     else:
         main()

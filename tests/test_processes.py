@@ -26,7 +26,9 @@ def launch(folder, *arguments, code="import train; train.main()"):
     command = folder.command(*arguments)
     command["args"][1] = "launched.py"
     launcher = [str(LAUNCH), "-n", "2", "--starting-port", str(next(PORTS))]
-    return folder.run(args=[*launcher, *command["args"]], stdin=SILENCE)
+    (folder.path / "tmp").mkdir(exist_ok=True)  # the launcher leaves files there
+    environment = {**command["env"], "TMPDIR": str(folder.path / "tmp")}
+    return folder.run(args=[*launcher, *command["args"]], stdin=SILENCE, env=environment)
 
 
 COUNT_ROWS = """

@@ -13,6 +13,7 @@ import struct
 import subprocess
 import sys
 import threading
+from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
@@ -166,10 +167,12 @@ def test_the_best_weights_are_kept(here, tiny, command, monkeypatch):
 
 
 NOTEBOOK = """
-import runpy, sys, types
+import sys, types
 sys.modules["ipykernel"] = types.ModuleType("ipykernel")
-sys.argv = ["ipykernel_launcher.py", "-f", "kernel-1.json"]
-runpy.run_path("train.py", run_name="__main__")
+sys.argv = ["/somewhere/ipykernel_launcher.py", "-f", "/somewhere/kernel-1.json"]
+with open("train.py", encoding="utf-8") as file:
+    cells = file.read()
+exec(compile(cells, "cells", "exec"), globals())  # in __main__, as a kernel does
 """
 THREAD = """
 import threading, mlx.core as mx, train
@@ -332,11 +335,14 @@ def test_resume_refuses_other_settings(trained_here, tiny, command, name, value)
     assert not any(re.search(rf"\b{other}\b", line) for other in CHANGES.keys() - {name})
 
 
-def test_resume_refuses_another_text_and_a_finished_run(trained_here, tiny, command):
+def test_resume_refuses_a_finished_run_another_text_and_a_lost_model(trained_here, tiny, command):
     assert "num_epochs" in refused(trained_here, command, "--resume")
     tiny(num_epochs=3)
     trained_here.write("input.txt", TEXT[:-3] + TEXT[-2] + TEXT[-3] + "\n")
     assert "input.txt" in refused(trained_here, command, "--resume")
+    trained_here.write("input.txt", TEXT)
+    (trained_here.path / "model.safetensors").unlink()
+    assert "model.safetensors" in refused(trained_here, command, "--resume")
 
 
 # A clock by which each training step takes so many seconds, but the first 1000, and all else none.
@@ -388,7 +394,7 @@ def test_a_pipe_hears_of_progress_every_quarter_of_a_minute(folder):
     result = folder.run(code=CLOCK.format(seconds=1), text=False, encoding=None)
     output = result.stdout.decode().replace("\r\n", "\n")
     steps = [step for step, _, _ in steps_reported(output)]
-    assert len(steps) >= 2 and set(np.diff(steps)) == {15}
+    assert len(steps) >= 2 and set(np.diff(steps)) <= {15, 16}
     assert "\r" not in output
 
 
@@ -410,8 +416,7 @@ def test_the_diary_compares_runs_on_the_same_text(trained_here, tiny, command):
     assert f"{two['best_val']:.4f}" not in output and len(diary(trained_here)) == 3
 
     lines = trained_here.read("runs.jsonl")
-    damaged = b'[1]\nnull\n{"checksum": 1}\n\xff\n' + json.dumps(
-        {**two, "settings": None}).encode() + b"\n" + lines[:60]  # and no newline at the end
+    damaged = b'[1]\nnull\n{"checksum": 1}\n\xff\n' + lines[:60]  # and no newline at the end
     trained_here.write("runs.jsonl", lines + damaged)
     trained_here.write("input.txt", TEXT)
     tiny(seed=1)
@@ -420,7 +425,7 @@ def test_the_diary_compares_runs_on_the_same_text(trained_here, tiny, command):
     after = trained_here.read("runs.jsonl")
     assert after.startswith(lines) and lines[:60] in after.splitlines()
     assert json.loads(after.splitlines()[-1])["settings"]["seed"] == 1
-    assert len(after.splitlines()) == 3 + 6 + 1
+    assert len(after.splitlines()) == 3 + 5 + 1
 
 
 def test_ctrl_c_during_the_final_text_leaves_a_diary_line(trained_here, tiny, command, monkeypatch):
@@ -497,27 +502,33 @@ def test_files_that_cannot_be_used(trained_here, tiny, command, arguments, name)
     whole = trained_here.read(name)
     other = ({"model.safetensors", "checkpoint.safetensors"} - {name}).pop()
     mx.save_safetensors("foreign.safetensors", {"weight": mx.zeros(3)})
+    damaged = set()
     for content in (b"", b"Sonnet 18", whole[: len(whole) // 2], whole[:-1],
                     trained_here.read("foreign.safetensors"), trained_here.read(other)):
         trained_here.write(name, content)
-        damaged = refused(trained_here, command, *arguments)
-        assert name in damaged
+        damaged.add(refused(trained_here, command, *arguments))
     (trained_here.path / name).unlink()
     missing = refused(trained_here, command, *arguments)
-    assert name in missing and missing != damaged
+    assert missing not in damaged and all(name in line for line in {missing, *damaged})
 
 
 def test_a_model_of_another_version_of_the_code(trained_here, command, monkeypatch):
-    class Other(train.GPT):
+    @dataclass
+    class OtherConfig(train.GPTConfig):
+        bias: bool
+
+    class OtherGPT(train.GPT):
         def __init__(self, config):
             super().__init__(config)
             self.new_layer = self.pop("ln_f")
 
-    monkeypatch.setattr(train, "GPT", Other)
-    assert "ln_f" in refused(trained_here, command, "--sample")
+    for name, other in (("GPT", OtherGPT), ("GPTConfig", OtherConfig)):
+        with monkeypatch.context() as patched:
+            patched.setattr(train, name, other)
+            assert "model.safetensors" in refused(trained_here, command, "--sample")
 
 
-@pytest.mark.parametrize("text", [TEXT, TEXT[200:340]], ids=["long", "an epoch of a single step"])
+@pytest.mark.parametrize("text", [TEXT, TEXT[:140]], ids=["long", "an epoch of a single step"])
 def test_a_loss_that_diverges(trained_here, tiny, command, text):
     trained_here.write("input.txt", text)
     tiny(lr=1e30, max_norm=1e30, warmup_steps=0, batch_size=4 if text == TEXT else 8)
@@ -536,10 +547,10 @@ def test_a_full_disk_keeps_the_last_good_files(trained):
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
     trained.edit(num_epochs=3)
-    assert trained.run("--resume", preexec_fn=limit).returncode != 0
-    after = trained.files()
-    assert after.keys() == before.keys()  # and no half file beside them
-    assert after["checkpoint.safetensors"] == before["checkpoint.safetensors"]
+    full = trained.run("--resume", preexec_fn=limit)
+    assert full.returncode == 1 and epochs(full.stdout) == []
+    assert full.stderr.count("\n") == 1 and "checkpoint.safetensors" in full.stderr
+    assert trained.read("checkpoint.safetensors") == before["checkpoint.safetensors"]
     assert epochs(trained.run("--resume").stdout) == [2]
 
 
@@ -548,7 +559,7 @@ def test_a_folder_that_cannot_be_written(here, command):
     try:
         if os.access(here.path, os.W_OK):
             pytest.skip("this user may write everywhere")
-        refused(here, command)
+        assert str(here.path.resolve()) in refused(here, command)
     finally:
         here.path.chmod(0o700)
 
@@ -587,23 +598,23 @@ def test_look(trained_here, tiny, command):
     tiny(dropout=0.5, n_layers=2, num_epochs=1)
     command()
     tokenizer, model = train.CharTokenizer(TEXT), saved_model(trained_here)
-    for prompt in ("7 sheep and", "7", TEXT[100:150]):
+    for prompt in ("7", "7 sheep and ", TEXT[100:112]):
         output, status = command("--look", prompt)
         assert status == 0 and command("--look", prompt)[0] == output  # without dropout
-        seen = prompt[-12:]
         lines = output.splitlines()
-        assert lines[0].endswith(seen)
-        column = len(lines[0]) - len(seen)
+        assert lines[0].endswith(prompt)
+        column = len(lines[0]) - len(prompt)
         heads = [line for line in lines if re.match(r"\D*\d\D*\d ", line[:column])]
         assert len(heads) == 2 * 2 and all(len(head) == len(lines[0]) for head in heads)
-        p = mx.softmax(model(mx.array([tokenizer.encode(seen)]))[0, -1])
+        p = mx.softmax(model(mx.array([tokenizer.encode(prompt)]))[0, -1])
         best = mx.argmax(p).item()
         line = next(line for line in lines if repr(tokenizer.vocab[best]) in line)
         assert f"{p[best].item():.2f}" in line
 
 
 @pytest.mark.parametrize("arguments, words", [
-    (["--look", ""], "prompt"), (["--look", "7 π"], "'π'"), (["--sample", "7 π"], "'π'")])
+    (["--look", ""], "12"), (["--look", TEXT[100:113]], "12"), (["--look", "7 π"], "'π'"),
+    (["--sample", "7 π"], "'π'")])
 def test_prompts_that_cannot_be_used(trained_here, command, arguments, words):
     assert words in refused(trained_here, command, *arguments)
 
@@ -611,7 +622,7 @@ def test_prompts_that_cannot_be_used(trained_here, command, arguments, words):
 def test_help_and_mistyped_options(here, command):
     output, status = command("--help")
     assert status in (0, None) and all(f"--{n}" in output for n in ("sample", "look", "resume"))
-    for arguments in (["--rseume"], ["7"], ["--look"], ["--sample", "7", "sheep"]):
+    for arguments in (["--rseume"], ["7"], ["--look"], ["--resume", "--sample"]):
         assert command(*arguments) == ("", 2)
 
 
@@ -678,5 +689,5 @@ def test_progress_takes_one_row_of_a_terminal(folder, width):
     assert all(len(part) < width for part in passing)
     assert epochs("\n".join(row[-1] for row in rows)) == [0, 1]
     for row in rows:
-        for i in range(1, len(row)):  # of what was there before, nothing can be seen
+        for i in range(1, len(row) - 1):  # of what was there before, nothing can be seen
             assert row[i - 1][len(row[i]) :].strip() == "", row
