@@ -5,9 +5,9 @@
     python train.py --look "To be"      show what it attends to and what it predicts next
     python train.py --resume            resume an interrupted run
 
-GPT-2 is a *transformer*: a *neural network*, that is a function with many adjustable numbers, that
-reads text and predicts what comes next. Here it works one character at a time. We build it, train
-it, and let it write. MLX is Apple's library for this: it computes with arrays, as NumPy does, and
+GPT-2 is a *transformer*, a kind of *neural network*: a function with many adjustable numbers. It
+reads text and predicts what comes next, here one character at a time. We build it, train it, and
+generate text with it. MLX is Apple's library for this: it computes with arrays, as NumPy does, and
 can use the GPU, the graphics processor of a Mac.
 
      1. Settings      5. Loss and learning      9. Training               13. The run
@@ -17,9 +17,9 @@ can use the GPU, the graphics processor of a Mac.
 
 Sections 1 to 10 are the lesson. Read them from the top: each builds on what comes before it. (Only
 the argument `cache` must wait for section 10.) Then change something, run it again, and compare the
-validation loss, which is measured on text held out from training. Lower is better. A model that
-guesses blindly has 4.17. On the shipped input.txt the small model, for machines without a GPU,
-reaches @@SMALL, and the default model @@DEFAULT.
+validation loss: how badly the model predicts text that was held out from training. Lower is better.
+A model that guesses uniformly has 4.17. On the shipped input.txt the small model, for machines
+without a GPU, reaches @@SMALL, and the default model @@DEFAULT.
 
 First things to try: another `temperature` (section 1), `n_heads = 1`, your own text in input.txt.
 """
@@ -58,12 +58,12 @@ from mlx.utils import tree_flatten, tree_map_with_path, tree_unflatten
 small = mx.default_device() == mx.cpu  # without a GPU, the default model would take hours
 
 if not small:
-    ctx_len = 128  # context length: how many characters the model can look back on
+    ctx_len = 128  # context length: how many characters the model can see
     n_emb = 128  # embedding size: how many numbers stand for one character; a multiple of n_heads
     n_heads = 4  # attention heads per block
     n_layers = 3  # blocks
     dropout = 0.03  # fraction of numbers zeroed in training; raise it if the model overfits
-    num_epochs = 20  # passes over the training text; lower it if the model overfits
+    num_epochs = 20  # passes over the training set; lower it if the model overfits
     batch_size = 32  # rows of text per step; raise it for fewer, less noisy steps
     lr = 3e-3  # peak learning rate; lower it if the loss jumps around or becomes nan
 else:
@@ -85,7 +85,7 @@ seed = 0  # random seed
 
 max_new_tokens = 1000  # length of the generated text, in characters
 temperature = 0.8  # 0: always the most likely character; 1: unchanged; above 1: more random
-top_k = 40  # sample only from this many most likely characters; try 5
+top_k = 40  # sample only from the k most likely characters; try 5
 
 # %% 2. Data
 #
@@ -113,7 +113,7 @@ def split(text):
 # %% 3. Tokenizer
 #
 # A neural network computes with numbers, so we turn each character into one, called a *token*:
-# its position in the sorted list of all different characters, the *vocabulary*.
+# its index in the sorted list of all distinct characters, the *vocabulary*.
 #
 # GPT-2's own vocabulary has 50,257 tokens, words and pieces of words found by *byte-pair encoding*.
 # A text then has fewer tokens. Single characters are simpler, and the model is the same.
@@ -136,11 +136,11 @@ class CharTokenizer:
         self.token_of = {char: token for token, char in enumerate(self.vocab)}
 
     def encode(self, text):
-        """A string to a list of ints. Raises KeyError at a character that is not in vocab."""
+        """The tokens of a string, a list of ints. Raises KeyError for a character not in vocab."""
         return [self.token_of[char] for char in text]
 
     def decode(self, tokens):
-        """A list of ints to a string."""
+        """The string that a list of tokens stands for."""
         return "".join(self.vocab[token] for token in tokens)
 
 
@@ -155,7 +155,7 @@ class CharTokenizer:
 #
 # One row holds T examples: after "F" comes "i", after "Fi" comes "r", and so on, up to "First Ci",
 # after which comes "t". The model answers all T at once, one at each *position* of the row. B rows
-# (*sequences*) form a *batch*, an array of shape (B, T). They know nothing of each other.
+# (*sequences*) form a *batch*, an array of shape (B, T). They do not interact.
 #
 # One pass over the training set is an *epoch*. If every epoch cut the text at the same places, the
 # first token of a row would always be seen without the text before it. So each epoch starts cutting
@@ -215,7 +215,7 @@ def count_batches(tokens, ctx_len, batch_size):
 # *cross-entropy*, in nats (for natural logarithm). exp(loss) is the *perplexity*: at a loss of 1.5
 # the model is as unsure as if it chose among exp(1.5) = 4.5 equally likely characters.
 #
-# What is a good loss? Guessing blindly among 65 characters has ln 65 = 4.17. The classic baseline
+# What is a good loss? Uniform guessing among 65 characters has ln 65 = 4.17. The classic baseline
 # is an *n-gram model*, which counts what followed each string of n - 1 characters in the training
 # set: if "e" followed "th" 60 times out of 100, then p = 0.6 for an "e" after "th". (Where it has
 # seen too little, it mixes in the counts of shorter strings: *smoothing*.)
@@ -223,7 +223,8 @@ def count_batches(tokens, ctx_len, batch_size):
 #     n        1       2       3       4       5       6       7
 #     loss     3.24    2.36    1.83    1.51    1.38    1.34    1.33
 #
-# That is on the shipped text. The small model will come close to n = 4, and the default beats all.
+# These are losses on the shipped text. The small model will come close to n = 4, and the default
+# model will beat all of them.
 
 
 def loss_fn(model, x, y):
@@ -257,7 +258,7 @@ def loss_fn(model, x, y):
 #         slope 3       slope -2
 #     w ----------> z ----------> loss          gradient for w: 3 * -2 = -6
 #
-# If z grows 3 times as fast as w, and the loss falls 2 times as fast as z grows, then the loss
+# Suppose z grows 3 times as fast as w, and the loss falls 2 times as fast as z grows. Then the loss
 # falls 6 times as fast as w grows. The -2 is found once, and used again for every parameter that z
 # depends on. Where a number is used in several places, its slopes add: 3 * w + 2 * w has slope 5.
 
@@ -290,7 +291,7 @@ class GPTConfig:
 #
 # Softmax gives equal scores equal weights, and a score of -inf no weight, as exp(-inf) = 0. The
 # -infs form the *causal mask*. It hides the future, which holds the very answer we ask for. A model
-# that saw it would learn to copy, and when it writes there is nothing on the right to copy.
+# that saw it would learn to copy, but during generation there is nothing on the right to copy.
 #
 # *Self-attention* keeps the mask and computes the other scores from the vectors themselves. Three
 # learned matrices turn each vector into three shorter ones, of head_size numbers:
@@ -308,9 +309,9 @@ class GPTConfig:
 def attention_weights(q, k):
     """softmax(q @ k.mT / sqrt(head_size)), with the future masked.
 
-    q is (..., T, head_size), k is (..., S, head_size), and the result is (..., T, S): a row for
-    each query, a column for each key, and each row sums to 1. The dots stand for any further axes.
-    In training T = S. In section 10 the T queries belong to the last T of S positions.
+    q is (..., T, head_size), k is (..., S, head_size), and the result is (..., T, S), with a row
+    for each query and a column for each key. Each row sums to 1. The dots stand for any leading
+    axes. In training T = S. In section 10 the T queries belong to the last T of S positions.
     (Vaswani et al., Attention Is All You Need, 2017, equation 1)
 
     >>> q = mx.array([[1.0, 0.0], [3.0, 0.0], [0.0, 3.0]])  # T = 3 positions, head_size = 2
@@ -348,16 +349,16 @@ def attention_weights(q, k):
 #     sqrt(head_size)        1        2.83     5.66     11.31
 #     softmax(that, 0)[0]    0.731    0.944    0.997    1.000
 #
-# There the others get 0.000, a nudge to their scores changes nothing, and without a gradient nothing
-# is learned. Divided by the root, it is softmax(1, 0) = (0.731, 0.269) for any head_size. That is
-# the general argument. Our weights start so small (section 8) that all scores are far below 1 at
-# first, and you may find no difference.
+# There the others get 0.000, a nudge to their scores changes nothing, and without a gradient they
+# do not learn. With scores divided by the root, we get softmax(1, 0) = (0.731, 0.269) for any
+# head_size. That is the general argument. Our weights start so small (section 8) that all scores
+# are far below 1 at first, and you may find no difference.
 #
 # All this together is an attention *head*. It makes one average, so it can look for one kind of
 # thing. We want n_heads of them, which look for several kinds. Each gets head_size = n_emb /
-# n_heads numbers. What they find is put side by side, which makes n_emb numbers again.
+# n_heads numbers. Their outputs are *concatenated*, which gives n_emb numbers again.
 #
-# One matrix makes the queries of all heads at once, (B, T, n_emb), which are then cut into heads.
+# One matrix computes the queries of all heads at once, (B, T, n_emb). Then they are split by head.
 # A product @ works on the last two axes and repeats that for all axes before them. So heads must
 # come before positions:
 #
@@ -428,9 +429,9 @@ class MultiHeadAttention(nn.Module):
 # Attention moves information between positions. Then the *MLP* (multilayer perceptron, also called
 # feed-forward network) works on what has arrived, at each position by itself. It is two linear
 # layers with a nonlinear *activation function* between them. Without that function the two could do
-# no more than one, as (x @ M) @ N = x @ (M @ N). Any bend would do. The simplest one, max(0, x), is
-# called ReLU. GPT-2 uses *GELU*, a smooth one: x times the probability that a random number from
-# the standard normal distribution (the bell curve with mean 0 and variance 1) is below x.
+# no more than one, as (x @ M) @ N = x @ (M @ N). Any nonlinearity would do. The simplest, which is
+# max(0, x), is called ReLU. GPT-2 uses *GELU*, a smooth one: x times the probability that a
+# standard normal random number (bell curve, mean 0, variance 1) is below x.
 # (Hendrycks and Gimpel, Gaussian Error Linear Units, 2016)
 #
 #     x           -3       -0.75    0        1        3
@@ -471,8 +472,8 @@ class MLP(nn.Module):
 # (He et al., Deep Residual Learning for Image Recognition, 2015)
 #
 # As layer after layer adds to it, the stream grows. With it, the scores in attention would grow,
-# until softmax saturates. *LayerNorm* gives every layer an input of the same size. It shifts and
-# scales each vector by itself to mean 0 and variance 1:
+# until softmax saturates. *LayerNorm* keeps the input of each layer at the same scale. It shifts
+# and scales each vector by itself to mean 0 and variance 1:
 #
 #     x                                   1        2        6
 #     minus the mean, 3                  -2       -1        3
@@ -505,9 +506,9 @@ class Block(nn.Module):
 # of n_emb learned numbers for each token. It simply looks the row up. Characters that behave alike
 # get similar rows.
 #
-# The vector must also say where the character stands. A weighted average ignores order: without
-# positions, the "a" of "tea" and the "a" of "eta" would get the same from the first attention
-# layer, since each averages over an e, a t, and an a. So there is a second table, the *position
+# The vector must also say where the character stands. A weighted average ignores order. Without
+# positions, the first attention layer would give the "a" of "tea" and the "a" of "eta" the same
+# output: each averages over an e, a t, and an a. So there is a second table, the *position
 # embedding* wpe, with a row for each position, and the two rows are added. This is why the model
 # cannot see more than ctx_len characters: wpe has no more rows.
 #
@@ -516,9 +517,9 @@ class Block(nn.Module):
 # position's vector with that token's row of wte. So one table serves at both ends (*weight tying*;
 # Press and Wolf, Using the Output Embedding to Improve Language Models, 2016).
 #
-# The matrices start at random. If all entries of a matrix were equal, their gradients would be
+# The matrices start out random. If all entries of a matrix were equal, their gradients would be
 # equal, and they would stay equal. They start small, so that all logits are close to 0 and no
-# character is preferred: the first loss must be close to ln vocab_size, or something is wrong.
+# token is preferred: the first loss must be close to ln vocab_size, or something is wrong.
 
 
 class GPT(nn.Module):
@@ -532,7 +533,7 @@ class GPT(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = [Block(config) for _ in range(config.n_layers)]
         self.ln_f = nn.LayerNorm(config.n_emb)
-        # parameters() is a tree, that is nested dicts and lists, of arrays. Each gets a new value.
+        # parameters() is a tree (nested dicts and lists) of arrays. Each array gets a new value.
         self.update(tree_map_with_path(self.init_weight, self.parameters()))
 
     def init_weight(self, name, weight):
@@ -580,14 +581,14 @@ class GPT(nn.Module):
 #                                                            619,776
 #
 # So nearly all of them are in the blocks, and two thirds of a block are its MLP. The smallest GPT-2
-# has n_emb = 768, 12 heads, 12 layers, ctx_len = 1024, and 50,257 tokens, which makes 124 million.
+# has n_emb = 768, 12 heads, 12 layers, ctx_len = 1024, and 50,257 tokens: 124 million parameters.
 # It differs from this model in size, tokens, and training. Its architecture is the same, and the
 # README shows how to load OpenAI's weights into this class.
 # (Radford et al., Language Models are Unsupervised Multitask Learners, 2019)
 
 
 def count_parameters(model):
-    """How many numbers training can change.
+    """The number of trainable parameters.
 
     >>> count_parameters(GPT(GPTConfig(65, 128, 128, 4, 3, dropout=0.0)))
     619776
@@ -603,19 +604,20 @@ def count_parameters(model):
 #
 # How far should a parameter move? Plain steps of lr * gradient, as in section 5, rarely suit all of
 # them: their gradients differ in size by orders of magnitude. *Adam* brings them to one scale. For
-# each parameter it keeps two moving averages, m of its gradient g and v of the square of g (the
-# first and second *moment*; this v has nothing to do with values):
+# each parameter it keeps two moving averages, the first and second *moments*: m of its gradient g,
+# and v of the square of g. (This v has nothing to do with values.)
 #
 #     m = beta1 * m + (1 - beta1) * g
 #     v = beta2 * v + (1 - beta2) * g * g
 #     w = w - lr * m / sqrt(v)
 #
 # As long as g stays the same, be it 0.001 or 10, m / sqrt(v) is 1, and w moves by lr. If g strictly
-# alternates between 1 and -1, m / sqrt(v) is only 0.05, and with random signs typically 0.23. So a
-# parameter on which the batches disagree moves little. (m and v start at 0, which is too small at
-# first. The *bias correction* scales them up. A tiny number is added to sqrt(v), which may be 0.)
+# alternates between 1 and -1, m / sqrt(v) is only 0.05, and with random signs it is typically 0.23.
+# So a parameter on which the batches disagree moves little. (m and v start at 0, so they are too
+# small at first. *Bias correction* scales them up. A tiny number added to sqrt(v) avoids division
+# by 0.)
 #
-# AdamW adds *weight decay*: each step also shrinks w by lr * weight_decay * w, so that it stays
+# AdamW adds *weight decay*: each step also shrinks w by lr * weight_decay * w. So a weight stays
 # large only if its gradient keeps it large. With large weights a model can react sharply to small
 # details, as memorizing requires. (Kingma and Ba, Adam, 2014; Loshchilov and Hutter, Decoupled
 # Weight Decay Regularization, 2017)
@@ -629,8 +631,8 @@ def make_optimizer(total_steps):
         0        /          `-.
                  0  warmup     total_steps
 
-    In the first steps m and v are made of a few noisy gradients, and every parameter would move by
-    the full lr in a direction that is mostly chance. At the end a constant rate would keep the
+    Early on, m and v come from only a few noisy gradients. Without warmup, every parameter would
+    move by the full lr in a mostly random direction. At the end a constant rate would keep the
     parameters jumping around the goal, since m / sqrt(v) does not shrink with the gradients.
     """
 
@@ -675,7 +677,7 @@ def make_optimizer(total_steps):
 def make_step(model, optimizer, loss_fn):
     """Returns a function step(x, y), which trains the model on a batch and returns its loss.
 
-    loss_fn is that of section 5, or another with the same arguments.
+    loss_fn is the one of section 5, or another with the same arguments.
     """
     loss_and_grad = nn.value_and_grad(model, loss_fn)
 
@@ -683,7 +685,7 @@ def make_step(model, optimizer, loss_fn):
         loss, grads = loss_and_grad(model, x, y)
         grads = nn.average_gradients(grads)  # over several processes (section 13)
         # *Gradient clipping*: if all gradients together, as one vector, are longer than max_norm,
-        # they are scaled down to it. Otherwise m and v would remember one odd batch for long.
+        # they are scaled down to it. Otherwise m and v would long remember one odd batch.
         grads, _ = optim.clip_grad_norm(grads, max_norm)
         optimizer.update(model, grads)
         return loss
@@ -692,7 +694,7 @@ def make_step(model, optimizer, loss_fn):
     return mx.compile(step, inputs=state, outputs=state)
 
 
-# A training run is then nothing but this. (The real loop, in section 13, also saves and reports.)
+# A training run is then just this. (The real loop, in section 13, also saves and reports.)
 #
 #     for epoch in range(num_epochs):
 #         model.train()  # dropout on, since evaluate turns it off
@@ -701,11 +703,11 @@ def make_step(model, optimizer, loss_fn):
 #             mx.eval(loss, model.state, optimizer.state)
 #         print(evaluate(model, val_tokens, loss_fn))
 #
-# While the loss falls on both parts of the text, train on. If it falls on the training set and
-# rises on the validation set, the model overfits: use more text, more dropout, fewer epochs, or a
-# smaller model. (We keep the weights of the best epoch, and report its loss. As it is the best of
-# several on the same text, it is a little flattering. Strictly, a third part, a *test set*, would
-# have to be held out.)
+# While the loss falls on both sets, keep training. If it falls on the training set and rises on the
+# validation set, the model overfits: use more text, more dropout, fewer epochs, or a smaller model.
+# (We keep the weights of the best epoch and report its loss. Because it is the lowest of several
+# on the same text, it is slightly optimistic. Strictly, you would hold out a third part, a *test
+# set*.)
 
 
 def evaluate(model, tokens, loss_fn):
@@ -720,7 +722,7 @@ def evaluate(model, tokens, loss_fn):
 
 # %% 10. Sampling
 #
-# The model writes one token at a time, and each one is fed back in (*autoregressive* generation):
+# The model generates one token at a time, and each is fed back in (*autoregressive* generation):
 #
 #     for _ in range(100):
 #         logits = model(mx.array([tokens[-ctx_len:]]))  # (1, T, vocab_size)
@@ -737,8 +739,8 @@ def evaluate(model, tokens, loss_fn):
 #     temperature 2      0.51   0.31   0.19
 #
 # *Top-k sampling* draws from the k most likely tokens only. Each of the others is unlikely, but
-# there are many, so now and then one would be drawn, and could derail the text. (Among 65
-# characters, a k of 40 hardly matters.)
+# there are many, so now and then one is drawn and derails the text. (Among 65 characters, a k of 40
+# hardly matters.)
 
 
 def sample(logits, temperature=1.0, top_k=None):
@@ -776,7 +778,7 @@ class KVCache:
         """Appends k and v, (B, n_heads, T, head_size) each, and returns all S positions of both.
 
         Afterwards the offset is S. If you need the position of the new tokens, as in RoPE (rotary
-        position embeddings), read the offset before.
+        position embeddings), read the offset beforehand.
         """
         if self.offset > 0:
             k = mx.concatenate([self.keys, k], axis=2)  # (B, n_heads, S, head_size)
@@ -818,9 +820,9 @@ def generate(model, tokens, max_new_tokens, temperature=1.0, top_k=None):
 # keeps models in files, section 12 shows what a model does, and section 13 has the training loop.
 
 MODEL = "model.safetensors"  # the best weights of this run
-FORMER = "former.safetensors"  # the best weights of the run before it
+FORMER = "former.safetensors"  # the best weights of the previous run
 CHECKPOINT = "checkpoint.safetensors"  # what --resume needs
-DIARY = "runs.jsonl"  # one line about each finished run
+RUN_LOG = "runs.jsonl"  # one line about each finished run
 COMPLETIONS = "completions.txt"  # the text generated at the end of a run
 
 
@@ -829,7 +831,7 @@ class UserError(Exception):
 
 
 # For each setting: its type, its smallest value, and the value it must stay below. Add a setting of
-# your own here, too: then it is checked, noted in the diary, and compared by --resume.
+# your own here, too: then it is checked, noted in the run log, and compared by --resume.
 LIMITS = {
     "ctx_len": (int, 1, math.inf),
     "n_emb": (int, 1, math.inf),
@@ -852,7 +854,7 @@ LIMITS = {
 
 
 def check_settings():
-    """The settings of section 1, as a dict. Raises UserError at one that cannot be used."""
+    """The settings of section 1, as a dict. Raises UserError if one cannot be used."""
     settings = {}
     for name, (kind, smallest, below) in LIMITS.items():
         value = globals()[name]  # the variable of that name
@@ -880,7 +882,7 @@ def unfinished(path):
     """The name for a file while it is being written.
 
     Once it is complete, os.replace() gives it its real name. So a run that is stopped in the middle
-    leaves no half file under that name. (getpid() keeps two runs in one folder apart.)
+    leaves no half-written file under that name. (getpid() keeps two runs in one folder apart.)
     """
     path = Path(path)
     return str(path.with_name(f"unfinished-{os.getpid()}-{path.name}"))
@@ -893,7 +895,7 @@ def save_text(path, text):
 
 
 def save(path, tree, notes):
-    """Writes a tree of arrays, and beside it notes, a dict, to a safetensors file.
+    """Writes a tree of arrays and a dict of notes to a safetensors file.
 
     Such a file holds arrays by name, so the tree is flattened: the array in tree["a"]["b"] is named
     "a.b". Raises UserError if it cannot be written.
@@ -907,7 +909,7 @@ def save(path, tree, notes):
 
 
 def load(path):
-    """The tree of arrays and the notes that save() wrote. Raises UserError if it cannot."""
+    """The tree and the notes that save() wrote. Raises UserError if they cannot be read."""
     if not os.path.exists(path):
         raise UserError(f"there is no {path} yet: run python train.py first")
     try:
@@ -956,11 +958,11 @@ def check_prompt(tokenizer, prompt):
     for char in prompt:
         if char not in tokenizer.token_of:
             known = "".join(tokenizer.vocab[:100])
-            raise UserError(f"{char!r} is not one of the characters it knows: {known!r}")
+            raise UserError(f"the model does not know {char!r}, only {known!r}")
 
 
 def first_char(tokenizer):
-    """The prompt if there is no other: the first in the vocabulary, in most texts the newline."""
+    """The default prompt: the first character in the vocabulary, usually the newline."""
     return tokenizer.vocab[0]
 
 
@@ -1063,7 +1065,7 @@ def draw_next(logits, tokenizer):
 
 
 def load_data():
-    """Reads input.txt: a tokenizer, the tokens to train on and to validate on, and a checksum.
+    """Reads input.txt: a tokenizer, the training and validation tokens, and a checksum.
 
     Both parts are NumPy arrays. The checksum is a number that tells one text from another. Raises
     UserError if there is too little to learn from, or OSError.
@@ -1154,7 +1156,7 @@ def check_finite(loss, step):
 
 
 class Progress:
-    """Counts the steps, and prints from time to time how far the training is."""
+    """Counts the steps, and prints from time to time how far training has come."""
 
     def __init__(self, steps_done, total_steps):
         self.step = steps_done
@@ -1193,7 +1195,7 @@ class Progress:
 
 
 def introduce(model, tokenizer, settings):
-    """Prints what will be trained, with which settings, so that a misspelt one is noticed."""
+    """Prints what will be trained, with which settings, so that you notice a wrong one."""
     values = [f"{name}={value}" for name, value in settings.items()]
     V = len(tokenizer.vocab)
     print(f"The {'small' if small else 'default'} model: {count_parameters(model):,} parameters")
@@ -1202,8 +1204,8 @@ def introduce(model, tokenizer, settings):
 
 
 def report(title, train_loss, val_loss, model, tokenizer):
-    """Prints the losses, and a line of what the model writes now."""
-    perplexity = math.exp(min(val_loss, 99))  # exp(1000) would be an error
+    """Prints the losses, and a line of text that the model generates now."""
+    perplexity = math.exp(min(val_loss, 99))  # exp(1000) would overflow
     print(f"{title} | train = {train_loss:.4f} | val = {val_loss:.4f} | "
           f"perplexity {perplexity:.1f}")
     prompt = first_char(tokenizer)  # any text will do, if its characters are in input.txt
@@ -1222,7 +1224,7 @@ def save_epoch(model, optimizer, tokenizer, settings, checksum, history):
     So if the run is killed before the checkpoint is saved, it repeats the epoch and saves the same.
     """
     is_first = len(history) == 1
-    if is_first and os.path.exists(MODEL):  # it is from the run before
+    if is_first and os.path.exists(MODEL):  # it is from the previous run
         shutil.copyfile(MODEL, unfinished(FORMER))
         os.replace(unfinished(FORMER), FORMER)
     if history[-1]["val"] == best_loss(history):
@@ -1245,13 +1247,13 @@ def check_same_run(notes, settings, checksum):
     if different:
         raise UserError(f"{CHECKPOINT} is from a different run: {different}")
     if len(notes["history"]) >= num_epochs:
-        raise UserError("that run is finished: raise num_epochs to train on")
+        raise UserError("that run is finished: raise num_epochs to keep training")
     if not os.path.exists(MODEL):
-        raise UserError(f"there is no {MODEL} any more, with the best weights so far")
+        raise UserError(f"{MODEL}, with the best weights so far, is gone")
 
 
 def resume_run(model, optimizer, settings, checksum):
-    """Gives model and optimizer their state in CHECKPOINT. Returns the history of that run."""
+    """Restores model and optimizer from CHECKPOINT. Returns the history of that run."""
     saved, notes = load(CHECKPOINT)
     check_same_run(notes, settings, checksum)
     check_match(CHECKPOINT, saved["model"], model.parameters())
@@ -1265,15 +1267,15 @@ def resume_run(model, optimizer, settings, checksum):
     return notes["history"]
 
 
-def read_diary():
-    """The lines of the diary."""
-    if not os.path.exists(DIARY):
+def read_run_log():
+    """The lines of the run log."""
+    if not os.path.exists(RUN_LOG):
         return []
-    return Path(DIARY).read_text(encoding="utf-8", errors="replace").splitlines()
+    return Path(RUN_LOG).read_text(encoding="utf-8", errors="replace").splitlines()
 
 
 def compare_with_last(run, earlier_lines):
-    """What changed since the last run on the same text, and what it brought, in words."""
+    """What changed since the last run on the same text, and how the best loss changed, in words."""
     last = None
     for line in earlier_lines:
         try:
@@ -1284,13 +1286,13 @@ def compare_with_last(run, earlier_lines):
             last = old
     if last is None:
         return "This is the first run on this text."
-    changed = changes(last["settings"], run["settings"]) or "no setting"
-    return (f"Since the last run: {changed}. "
+    changed = changes(last["settings"], run["settings"]) or "nothing"
+    return (f"Changed since the last run: {changed}. "
             f"Best validation loss {last['best_val']:.4f} to {run['best_val']:.4f}")
 
 
 def finish(history, settings, checksum):
-    """Ends a run: a line in the diary, a text by the best weights, and how the run compares."""
+    """Logs a run, generates text with the best weights, and compares the run with the last one."""
     model, tokenizer = load_model()
     run = {
         "finished": time.strftime("%Y-%m-%d %H:%M"),
@@ -1300,20 +1302,20 @@ def finish(history, settings, checksum):
         "best_val": best_loss(history),
         "settings": settings,
     }
-    earlier_lines = read_diary()
+    earlier_lines = read_run_log()
     all_lines = [*earlier_lines, json.dumps(run)]
-    save_text(DIARY, "\n".join(all_lines) + "\n")
+    save_text(RUN_LOG, "\n".join(all_lines) + "\n")
 
     text = "".join(continue_text(model, tokenizer, first_char(tokenizer), max_new_tokens))
     save_text(COMPLETIONS, text)
     print(f"\n{text}\n")
-    print(f"The best weights are in {MODEL}, this text is in {COMPLETIONS}, and {DIARY} has a new "
-          f"line.")
+    print(f"The best weights are in {MODEL}, this text is in {COMPLETIONS}, and {RUN_LOG} has an "
+          f"entry about this run.")
     print(compare_with_last(run, earlier_lines))
 
 
 def train(resume=False):
-    """Trains a model on input.txt, saves it after each epoch, and lets it write at the end.
+    """Trains a model on input.txt, saves it after each epoch, and generates text at the end.
 
     With resume=True, it goes on after the last saved epoch. Raises UserError.
     """

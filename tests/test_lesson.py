@@ -135,15 +135,17 @@ def test_layer_norm():
 
 def test_parameters_of_the_default_model():
     lines = next((lines for lines in tables() if lines[0].startswith("wte ")), [])
-    numbers = [int(n.replace(",", "")) for n in re.findall(r"\b\d[\d,]*\b", " ".join(lines))]
-    if len(numbers) != 17:
+    rows = [[int(n.replace(",", "")) for n in re.findall(r"\b\d[\d,]*\b", line)] for line in lines]
+    if len(rows) != 10:
         pytest.skip("train.py has no table of the parameters, or one with other rows")
-    V, C, T, L = (numbers[i] for i in (0, 1, 3, 13))
+    V, C, T, L = rows[0][0], rows[0][1], rows[1][0], rows[7][1]
     linear = C * C + C  # a matrix and its biases
     block = 4 * C + 8 * linear + 4 * C * C + C
-    assert numbers == [
-        V, C, V * C, T, C, T * C, 4 * C, 3, linear, linear, 4 * linear, 4 * C * C + C,
-        block, L, L * block, 2 * C, reference.count_parameters(V, T, C, L)]
+    expected = [[V, C, V * C], [T, C, T * C], [4 * C], [3, linear], [linear], [4 * linear],
+                [4 * C * C + C], [block, L, L * block], [2 * C],
+                [reference.count_parameters(V, T, C, L)]]
+    for found, numbers in zip(rows, expected, strict=True):
+        assert found[: len(numbers)] == numbers  # a remark may follow
 
 
 def test_temperatures():
@@ -169,7 +171,7 @@ NUMBER = r"(-?\d[\d,]*\.?\d*)"
     (f"far past the goal, and the loss there is {NUMBER}", lambda: two_letters(5)[0]),
     (f"makes {NUMBER} million", lambda: reference.count_parameters(50257, 1024, 768, 12) / 1e6),
     (rf"between 1 and -1, m / sqrt\(v\) is only {NUMBER}", lambda: adam([1, -1] * 2000)),
-    (f"With random signs, it is about {NUMBER}",
+    (rf"random signs,?[a-z ]* {NUMBER}",
      lambda: adam(np.random.default_rng(0).choice([-1, 1], size=20_000))),
 ])
 def test_number_in_a_sentence(pattern, value):
