@@ -903,7 +903,8 @@ def save(path, tree, notes):
     arrays = dict(tree_flatten(tree))
     try:
         mx.save_safetensors(unfinished(path), arrays, {"notes": json.dumps(notes)})
-    except RuntimeError as error:
+    except RuntimeError as error:  # the disk is full, for example
+        Path(unfinished(path)).unlink(missing_ok=True)
         raise UserError(f"{path} could not be saved: {error}") from None
     os.replace(unfinished(path), path)
 
@@ -940,9 +941,10 @@ def save_model(path, model, tokenizer):
 def load_model(path=MODEL):
     """A saved model, in eval mode, and its tokenizer. Raises UserError."""
     weights, notes = load(path)
-    if "config" not in notes:
-        raise UserError(f"{path} holds no model")
-    config = GPTConfig(**notes["config"])  # the entries of the dict become the arguments
+    try:
+        config = GPTConfig(**notes["config"])  # the entries of the dict become the arguments
+    except (KeyError, TypeError):
+        raise UserError(f"{path} holds no model of this train.py") from None
     model = GPT(config)
     check_match(path, weights, model.parameters())
     model.update(weights)

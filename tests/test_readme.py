@@ -1,0 +1,160 @@
+"""The README: its edits apply and run, its code works, its figures stand in MEASUREMENTS.md."""
+
+import importlib.util
+import re
+import subprocess
+import sys
+import types
+
+import experiments
+import mlx.core as mx
+import numpy as np
+import pytest
+import reference
+import train
+from conftest import ROOT, SOURCE, TEXT, TINY, with_settings
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+NOTEBOOK = (ROOT / "tests" / "MEASUREMENTS.md").read_text(encoding="utf-8")
+EDITS = {number: edit for number, edit in experiments.experiments().items()
+         if "input.txt" not in edit[1]}
+
+
+def section(title):
+    return README.split(f"\n## {title}")[1].split("\n## ")[0]
+
+
+def blocks(text, language):
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.M | re.S)
+
+
+def skip_if_edited():
+    """A reader's own train.py need not fit the README any more."""
+    git = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", "train.py"], cwd=ROOT,
+                         capture_output=True)
+    if git.returncode != 0:
+        pytest.skip("train.py was edited, or this is no git checkout")
+
+
+def import_file(path, name):
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("number", EDITS)
+def test_an_experiment_applies_trains_and_can_be_looked_at(number, tmp_path, monkeypatch, capsys):
+    source = with_settings(SOURCE, **TINY)
+    try:
+        source = experiments.edited(source, *EDITS[number])
+    except ValueError:
+        skip_if_edited()
+        raise
+    (tmp_path / "edited.py").write_text(source, encoding="utf-8")
+    (tmp_path / "input.txt").write_text(TEXT * 8, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    module = import_file("edited.py", f"edited_{number}")
+    module.num_epochs = 1
+    module.train()
+    module.look("3 sheep")
+    shown = capsys.readouterr().out
+    assert "Epoch  0 | train = " in shown
+    assert shown.count("\nblock 0, head ") == module.n_heads
+
+
+def test_the_sums(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    [block] = [block for block in blocks(section("Experiments"), "python") if "input.txt" in block]
+    exec(block, {})
+    lines = (tmp_path / "input.txt").read_text().splitlines()
+    assert lines[301] == "1 + 1 = 2" and len(lines) == 90_000
+
+
+def test_settings_in_the_readme_are_settings():
+    for block in blocks(README, "python"):
+        for name, value in re.findall(r"^(\w+) = ([\d.e-]+)$", block, re.M):
+            kind, smallest, below = train.LIMITS[name]
+            assert smallest <= kind(value) < below
+
+
+def openai_file(path, vocab_size=11, ctx_len=10, n_emb=24, n_layers=2):
+    """Writes random weights in OpenAI's layout. Returns them in train.py's names."""
+    weights = reference.random_weights(vocab_size, ctx_len, n_emb, n_layers)
+    arrays = {}
+    for name, weight in weights.items():
+        weight = np.asarray(weight, dtype=np.float32)
+        theirs = name.replace("blocks.", "h.").replace(".mha.", ".attn.")
+        matrix_in_block = name.startswith("blocks.") and weight.ndim == 2
+        if ".k_proj." in name or ".v_proj." in name:
+            continue
+        if ".q_proj." in name:
+            parts = [weights[name.replace("q_proj", f"{letter}_proj")] for letter in "qkv"]
+            weight = np.concatenate(parts).astype(np.float32)
+            theirs = theirs.replace("q_proj", "c_attn")
+        arrays[theirs] = mx.array(weight.T if matrix_in_block else weight)
+    arrays["h.0.attn.bias"] = mx.ones((1, 1, ctx_len, ctx_len))  # their mask, no parameter
+    mx.save_safetensors(str(path), arrays)
+    return weights
+
+
+@pytest.fixture
+def gpt2(tmp_path, monkeypatch):
+    """The README's gpt2.py as a module, with a tokenizer that needs no download."""
+    fake = types.ModuleType("tiktoken")
+    fake.get_encoding = lambda name: types.SimpleNamespace(
+        encode=lambda text: [ord(char) % 11 for char in text][:5],
+        decode=lambda tokens: "".join(f"<{token}>" for token in tokens))
+    monkeypatch.setitem(sys.modules, "tiktoken", fake)
+    monkeypatch.chdir(tmp_path)
+    [block] = [b for b in blocks(section("The model is GPT-2"), "python") if "load_gpt2" in b]
+    (tmp_path / "gpt2.py").write_text(block, encoding="utf-8")
+    return import_file("gpt2.py", "gpt2")
+
+
+@pytest.mark.parametrize("prefix", ["", "transformer."])
+def test_openais_weights_give_gpt_2s_logits(gpt2, tmp_path, prefix):
+    weights = openai_file(tmp_path / "gpt2.safetensors")
+    arrays = mx.load("gpt2.safetensors")
+    mx.save_safetensors("named.safetensors", {prefix + name: a for name, a in arrays.items()})
+    model = gpt2.load_gpt2("named.safetensors")
+    tokens = np.random.default_rng(0).integers(0, 11, (2, 10))
+    wanted = reference.forward(weights, tokens, n_heads=12)
+    assert np.abs(np.array(model(mx.array(tokens))) - wanted).max() < 2e-5
+
+
+@pytest.mark.parametrize("name", ["wte.weight", "h.1.mlp.c_fc.bias", "ln_f.weight"])
+def test_a_file_that_is_not_gpt_2(gpt2, tmp_path, name):
+    openai_file(tmp_path / "gpt2.safetensors")
+    arrays = mx.load("gpt2.safetensors")
+    del arrays[name]
+    mx.save_safetensors("lacks.safetensors", arrays)
+    with pytest.raises(ValueError, match=name.split(".")[-2]):
+        gpt2.load_gpt2("lacks.safetensors")
+
+
+def test_the_program_that_lets_gpt_2_write(gpt2, tmp_path, capsys):
+    openai_file(tmp_path / "gpt2.safetensors")
+    source = (tmp_path / "gpt2.py").read_text(encoding="utf-8")
+    exec(compile(source, "gpt2.py", "exec"), {"__name__": "__main__"})
+    assert re.fullmatch(r"(<\d+>){100}", capsys.readouterr().out)
+
+
+def test_figures_stand_in_the_notebook():
+    noted = [float(figure) for figure in re.findall(r"\d+\.\d+", NOTEBOOK.replace(",", " "))]
+    figures = re.findall(r"(?<![\d.])\d\.\d{3,4}(?![\d.])", README)
+    assert len(figures) > 20
+    for figure in figures:
+        digits = len(figure.split(".")[1])
+        assert any(round(value, digits) == float(figure) for value in noted), figure
+
+
+def test_links_lead_to_the_sections():
+    lines = SOURCE.splitlines()
+    links = re.findall(r"\[(\d+\. [^]]+)\]\(train\.py#L(\d+)\)", README)
+    assert len(links) == 14
+    for title, line in links:
+        if lines[int(line) - 1] != f"# %% {title}":
+            skip_if_edited()
+        assert lines[int(line) - 1] == f"# %% {title}"
