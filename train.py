@@ -57,7 +57,7 @@ from mlx.utils import tree_flatten, tree_map_with_path, tree_unflatten
 
 small = mx.default_device() == mx.cpu  # without a GPU, the default model would take hours
 
-if not small:
+if not small:  # edit these if you have a GPU
     ctx_len = 128  # context length: how many characters the model can see
     n_emb = 128  # embedding size: how many numbers stand for one character; a multiple of n_heads
     n_heads = 4  # attention heads per block
@@ -66,7 +66,7 @@ if not small:
     num_epochs = 20  # passes over the training set; lower it if the model overfits
     batch_size = 32  # rows of text per step; raise it for fewer, less noisy steps
     lr = 3e-3  # peak learning rate; lower it if the loss jumps around or becomes nan
-else:
+else:  # edit these if you have none
     ctx_len = 48
     n_emb = 56
     n_heads = 7
@@ -76,7 +76,7 @@ else:
     batch_size = 8
     lr = 1e-2
 
-warmup_steps = 100  # steps over which the learning rate rises to its peak
+warmup_steps = 100  # steps until the learning rate peaks; lower it if a run has few steps
 weight_decay = 0.1  # how strongly weights are pulled toward 0; raise it if the model overfits
 beta1 = 0.9  # decay rate of AdamW's average of the gradient
 beta2 = 0.99  # decay rate of AdamW's average of the squared gradient
@@ -415,6 +415,7 @@ class MultiHeadAttention(nn.Module):
         q = self.split_heads(self.q_proj(x))  # (B, n_heads, T, head_size)
         k = self.split_heads(self.k_proj(x))  # (B, n_heads, T, head_size)
         v = self.split_heads(self.v_proj(x))  # (B, n_heads, T, head_size)
+        # (RoPE would rotate q and k here, before the next line moves cache.offset on.)
         if cache is not None:  # only in section 10: keys and values of earlier positions
             k, v = cache.update_and_fetch(k, v)  # (B, n_heads, S, head_size)
         weights = attention_weights(q, k)  # (B, n_heads, T, S)
@@ -636,10 +637,12 @@ def make_optimizer(total_steps):
     parameters jumping around the goal, since m / sqrt(v) does not shrink with the gradients.
     """
 
-    def learning_rate(step):  # step is an mx.array, so a cosine would be mx.cos, not math.cos
+    # step is an mx.array, and the result must be one, too. For a cosine use mx.cos, not math.cos. For
+    # a constant rate after the warmup, return lr * mx.minimum(rise, 1).
+    def learning_rate(step):
         rise = (step + 1) / max(1, warmup_steps)
         fall = 1 - step / total_steps
-        return lr * mx.clip(mx.minimum(rise, fall), 0, 1)  # for a constant: return mx.array(lr)
+        return lr * mx.clip(mx.minimum(rise, fall), 0, 1)
 
     # Only the matrices of the blocks are decayed. Biases, gains, and embeddings are left alone.
     # With decay on everything, the small model's loss was 0.02 higher. MultiOptimizer gives the
@@ -666,6 +669,7 @@ def make_optimizer(total_steps):
 # inputs, records the operations, and from then on replays the recording. So, inside step,
 #
 #     print("hello")                 prints only while it is recorded
+#     print(loss.item())             fails: there is no value while it is recorded
 #     max_norm, changed later        keeps its old value
 #     dropout                        stays on if it was on in the first call
 #     parameters, m, v, randomness   do change, because `state` names them
@@ -777,8 +781,8 @@ class KVCache:
     def update_and_fetch(self, k, v):
         """Appends k and v, (B, n_heads, T, head_size) each, and returns all S positions of both.
 
-        Afterwards the offset is S. If you need the position of the new tokens, as in RoPE (rotary
-        position embeddings), read the offset beforehand.
+        Afterwards the offset is S. RoPE (rotary position embedding) needs the position of the new
+        tokens, which is the offset before.
         """
         if self.offset > 0:
             k = mx.concatenate([self.keys, k], axis=2)  # (B, n_heads, S, head_size)
@@ -1288,8 +1292,8 @@ def compare_with_last(run, earlier_lines):
             last = old
     if last is None:
         return "This is the first run on this text."
-    changed = changes(last["settings"], run["settings"]) or "nothing"
-    return (f"Changed since the last run: {changed}. "
+    changed = changes(last["settings"], run["settings"]) or "no setting"
+    return (f"Changed since the last run: {changed} (edits of the code are not compared). "
             f"Best validation loss {last['best_val']:.4f} to {run['best_val']:.4f}")
 
 
@@ -1358,8 +1362,11 @@ def train(resume=False):
             loss = step(x, y)
             mx.async_eval(loss, model.state, optimizer.state)  # start computing, and do not wait
             progress.update(loss)
-            # To keep the weights every 500 steps: if progress.step % 500 == 0: save_model(
-            # "my.safetensors", model, tokenizer). --resume goes on from whole epochs only.
+            # Here is the place for what you want to do every so many steps, for example:
+            #     if progress.step % 10 == 0:
+            #         print(f"\nstep {progress.step}: loss {loss.item()}")
+            #     if progress.step % 500 == 0:  # --resume still goes back to the last whole epoch
+            #         save_model(f"step{progress.step}.safetensors", model, tokenizer)
 
         print_passing("Measuring the losses")
         train_loss = evaluate(model, train_tokens[: len(val_tokens)], fast_loss_fn)  # a part of it
