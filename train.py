@@ -637,7 +637,7 @@ def make_optimizer(total_steps):
     parameters jumping around the goal, since m / sqrt(v) does not shrink with the gradients.
     """
 
-    # step is an mx.array, and the result must be one, too. So for a cosine use mx.cos, not math.cos,
+    # step is an mx.array, and the result must be one, too. For a cosine use mx.cos, not math.cos,
     # and for a constant rate after the warmup: return lr * mx.minimum(rise, 1)
     def learning_rate(step):
         rise = (step + 1) / max(1, warmup_steps)
