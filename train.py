@@ -1292,8 +1292,10 @@ def compare_with_last(run, earlier_lines):
             last = old
     if last is None:
         return "This is the first run on this text."
-    changed = changes(last["settings"], run["settings"]) or "no setting"
-    return (f"Changed since the last run: {changed} (edits of the code are not compared). "
+    changed = changes(last["settings"], run["settings"])
+    if not changed:
+        changed = "no setting (edits of the code are not compared)"
+    return (f"Changed since the last run: {changed}. "
             f"Best validation loss {last['best_val']:.4f} to {run['best_val']:.4f}")
 
 
