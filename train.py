@@ -182,6 +182,7 @@ def get_batches(tokens, ctx_len, batch_size, rng=None):
     """
     starts = np.arange(0, len(tokens) - ctx_len, ctx_len)  # where the rows begin
     if rng is not None:
+        # Without the last row: moved by the random start, it could reach beyond the end.
         starts = rng.permutation(starts[:-1]) + rng.integers(ctx_len)
         starts = starts[: len(starts) // batch_size * batch_size]
     for i in range(0, len(starts), batch_size):
@@ -192,7 +193,7 @@ def get_batches(tokens, ctx_len, batch_size, rng=None):
 
 def count_batches(tokens, ctx_len, batch_size):
     """How many batches get_batches() makes with an rng. The learning rate will depend on it."""
-    rows = (len(tokens) - 1) // ctx_len - 1  # the random start costs one row
+    rows = (len(tokens) - 1) // ctx_len - 1
     return rows // batch_size
 
 
@@ -253,7 +254,8 @@ def loss_fn(model, x, y):
 # the goal, and the loss there is 1.26, worse than at the start.
 #
 # A real model has far too many parameters to nudge one by one. *Backpropagation* finds all
-# gradients in one pass, backward from the loss. It rests on the *chain rule*: slopes multiply.
+# gradients in one pass, backward from the loss. Each operation has a known rule for its own slope,
+# such as 2 * x for x * x, and by the *chain rule* slopes multiply.
 #
 #         slope 3       slope -2
 #     w ----------> z ----------> loss          gradient for w: 3 * -2 = -6
@@ -332,8 +334,9 @@ def attention_weights(q, k):
     """
     T, S = q.shape[-2], k.shape[-2]
     scores = q @ k.mT / math.sqrt(q.shape[-1])  # (..., T, S)
-    # A column of T positions and a row of S are both stretched to (T, S) (*broadcasting*): every
-    # position that looks is compared with every position it could look at.
+    # [:, None] makes a column of the T positions that look. To compare it with a row of S positions,
+    # both are stretched to (T, S) (*broadcasting*): [[0], [1]] < [0, 1] is
+    # [[False, True], [False, False]].
     is_later = mx.arange(S - T, S)[:, None] < mx.arange(S)  # (T, S)
     scores = mx.where(is_later, -mx.inf, scores)  # (..., T, S)
     return mx.softmax(scores, axis=-1)  # along each row
@@ -343,16 +346,17 @@ def attention_weights(q, k):
 # is the mean of their squares. Its square root, the *standard deviation*, says how large they
 # typically are. Suppose the entries of queries and keys are independent, with mean 0 and variance
 # 1. Then each product in a score has variance 1, too, and the variances add up (two facts of
-# statistics): a score has variance head_size. With larger heads softmax would *saturate*:
+# statistics). So a score has variance head_size, and is typically sqrt(head_size) away from 0. Next
+# to a score of 0, it would then take nearly all of the weight (softmax *saturates*):
 #
 #     head_size              1        8        32       128
 #     sqrt(head_size)        1        2.83     5.66     11.31
 #     softmax(that, 0)[0]    0.731    0.944    0.997    1.000
 #
-# There the others get 0.000, a nudge to their scores changes nothing, and without a gradient they
-# do not learn. With scores divided by the root, we get softmax(1, 0) = (0.731, 0.269) for any
-# head_size. That is the general argument. Our weights start so small (section 8) that all scores
-# are far below 1 at first, and you may find no difference.
+# At 1.000 a nudge to the scores changes nothing, and without a gradient nothing is learned. With
+# scores divided by the root, we get 0.731 for any head_size. That is the general argument. Our
+# weights start so small (section 8) that all scores are far below 1 at first, and you may find no
+# difference.
 #
 # All this together is an attention *head*. It makes one average, so it can look for one kind of
 # thing. We want n_heads of them, which look for several kinds. Each gets head_size = n_emb /
@@ -384,8 +388,8 @@ class MultiHeadAttention(nn.Module):
         self.k_proj = nn.Linear(config.n_emb, config.n_emb)
         self.v_proj = nn.Linear(config.n_emb, config.n_emb)
         self.c_proj = nn.Linear(config.n_emb, config.n_emb)  # projection: mixes what heads found
-        # (The bias of k_proj can do nothing: it adds the same number to all scores of a query, and
-        # softmax(s + c) = softmax(s). GPT-2 has it anyway.)
+        # (The bias b of k_proj can do nothing. A query q has scores q . (k + b) = q . k + q . b: the
+        # same number is added to all of them, and softmax ignores it. GPT-2 has it anyway.)
         #
         # *Dropout* sets a random fraction of its input to 0 and scales up the rest to make up for
         # it. No part of the model can rely on any single number then, which makes memorizing
@@ -415,7 +419,8 @@ class MultiHeadAttention(nn.Module):
         q = self.split_heads(self.q_proj(x))  # (B, n_heads, T, head_size)
         k = self.split_heads(self.k_proj(x))  # (B, n_heads, T, head_size)
         v = self.split_heads(self.v_proj(x))  # (B, n_heads, T, head_size)
-        # (RoPE would rotate q and k here, before the next line moves cache.offset on.)
+        # (If you try RoPE, rotary position embedding: rotate q and k above this line, which changes
+        # cache.offset.)
         if cache is not None:  # only in section 10: keys and values of earlier positions
             k, v = cache.update_and_fetch(k, v)  # (B, n_heads, S, head_size)
         weights = attention_weights(q, k)  # (B, n_heads, T, S)
@@ -431,7 +436,7 @@ class MultiHeadAttention(nn.Module):
 # feed-forward network) works on what has arrived, at each position by itself. It is two linear
 # layers with a nonlinear *activation function* between them. Without that function the two could do
 # no more than one, as (x @ M) @ N = x @ (M @ N). Any nonlinearity would do. The simplest, which is
-# max(0, x), is called ReLU. GPT-2 uses *GELU*, a smooth one: x times the probability that a
+# max(0, x), is called ReLU. GPT-2 uses *GELU*, which is smooth: x times the probability that a
 # standard normal random number (bell curve, mean 0, variance 1) is below x.
 # (Hendrycks and Gimpel, Gaussian Error Linear Units, 2016)
 #
@@ -468,8 +473,8 @@ class MLP(nn.Module):
 # So a layer only has to learn what to change. The vector that flows straight through all blocks is
 # called the *residual stream*. It also carries the gradient back to the first block. In a plain
 # chain of layers slopes multiply: after twelve with slopes of 1/2, only 1/4096 of the gradient is
-# left (*vanishing gradient*). But the slope of x + f(x) is 1 + f'(x), and thanks to the 1 the
-# gradient passes along the stream undiminished.
+# left (*vanishing gradient*). But the slope of x + f(x) is 1 + f'(x): the 1 is a direct path for
+# the gradient, to which f' only adds or subtracts.
 # (He et al., Deep Residual Learning for Image Recognition, 2015)
 #
 # As layer after layer adds to it, the stream grows. With it, the scores in attention would grow,
@@ -515,12 +520,14 @@ class Block(nn.Module):
 #
 # After the blocks come a last LayerNorm, ln_f ("final"), and the *output head* (not to be confused
 # with attention heads), which makes the logits. The logit of a token is the dot product of the
-# position's vector with that token's row of wte. So one table serves at both ends (*weight tying*;
-# Press and Wolf, Using the Output Embedding to Improve Language Models, 2016).
+# position's vector with that token's row of wte. Using one table at both ends saves parameters and
+# works well (*weight tying*; Press and Wolf, Using the Output Embedding to Improve Language Models,
+# 2016).
 #
-# The matrices start out random. If all entries of a matrix were equal, their gradients would be
-# equal, and they would stay equal. They start small, so that all logits are close to 0 and no
-# token is preferred: the first loss must be close to ln vocab_size, or something is wrong.
+# The matrices start out random. If all outputs of a layer started with the same weights, they would
+# compute the same, get the same gradients, and stay copies of each other. They start small, so that
+# all logits are close to 0 and no token is preferred: the first loss must be close to
+# ln vocab_size, or something is wrong.
 
 
 class GPT(nn.Module):
@@ -534,7 +541,8 @@ class GPT(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = [Block(config) for _ in range(config.n_layers)]
         self.ln_f = nn.LayerNorm(config.n_emb)
-        # parameters() is a tree (nested dicts and lists) of arrays. Each array gets a new value.
+        # parameters() is a tree (nested dicts and lists) of arrays. tree_map_with_path calls
+        # init_weight(name, array) for each, and update() puts the results in their place.
         self.update(tree_map_with_path(self.init_weight, self.parameters()))
 
     def init_weight(self, name, weight):
@@ -612,11 +620,11 @@ def count_parameters(model):
 #     v = beta2 * v + (1 - beta2) * g * g
 #     w = w - lr * m / sqrt(v)
 #
-# As long as g stays the same, be it 0.001 or 10, m / sqrt(v) is 1, and w moves by lr. If g strictly
-# alternates between 1 and -1, m / sqrt(v) is only 0.05, and with random signs it is typically 0.23.
-# So a parameter on which the batches disagree moves little. (m and v start at 0, so they are too
-# small at first. *Bias correction* scales them up. A tiny number added to sqrt(v) avoids division
-# by 0.)
+# sqrt(v) is the typical size of g, so dividing by it cancels the size. As long as g stays the same,
+# be it 0.001 or 10, m / sqrt(v) is 1, and w moves by lr. If g strictly alternates between 1 and -1,
+# our betas make it only 0.05, and with random signs typically 0.23. So a parameter on which the
+# batches disagree moves little. (m and v start at 0, so they are too small at first. *Bias
+# correction* scales them up. A tiny number added to sqrt(v) avoids division by 0.)
 #
 # AdamW adds *weight decay*: each step also shrinks w by lr * weight_decay * w. So a weight stays
 # large only if its gradient keeps it large. With large weights a model can react sharply to small
@@ -659,14 +667,15 @@ def make_optimizer(total_steps):
 # Three ideas of MLX:
 #
 # *Lazy evaluation*. `a + b` computes nothing yet: it adds a node to a *computation graph*. The work
-# is done when a value is needed, by .item() or print, or when mx.eval demands it. A loop that never
-# asked for a value would only grow the graph.
+# is done when a value is needed, by .item() or print, or when mx.eval demands it. So MLX sees a
+# whole step before it computes any of it. A loop that never asked would only grow the graph.
 #
 # *Automatic differentiation*. nn.value_and_grad turns loss_fn into a function that returns the loss
 # and its gradients by backpropagation, in a tree like that of model.parameters().
 #
 # *Compilation*. mx.compile *traces* a function: it runs the Python code once for each shape of its
-# inputs, records the operations, and from then on replays the recording. So, inside step,
+# inputs, records the operations, and from then on replays the recording. That is faster: Python has
+# nothing to do, and small operations are merged. So, inside step,
 #
 #     print("hello")                 prints only while it is recorded
 #     print(loss.item())             fails: there is no value while it is recorded
@@ -687,7 +696,7 @@ def make_step(model, optimizer, loss_fn):
 
     def step(x, y):
         loss, grads = loss_and_grad(model, x, y)
-        grads = nn.average_gradients(grads)  # over several processes (section 13)
+        grads = nn.average_gradients(grads)  # of several processes (section 13); of one: no change
         # *Gradient clipping*: if all gradients together, as one vector, are longer than max_norm,
         # they are scaled down to it. Otherwise m and v would long remember one odd batch.
         grads, _ = optim.clip_grad_norm(grads, max_norm)
@@ -781,8 +790,7 @@ class KVCache:
     def update_and_fetch(self, k, v):
         """Appends k and v, (B, n_heads, T, head_size) each, and returns all S positions of both.
 
-        Afterwards the offset is S. RoPE (rotary position embedding) needs the position of the new
-        tokens, which is the offset before.
+        Before, the offset is the position of the first new token; afterwards it is S.
         """
         if self.offset > 0:
             k = mx.concatenate([self.keys, k], axis=2)  # (B, n_heads, S, head_size)
@@ -1095,7 +1103,7 @@ def load_data():
 
 
 # The next two functions only save time on machines without a GPU. MLX works on a *stream* in order,
-# and on two streams at once, with a core for each.
+# and on two streams at once, each on a core of its own.
 FIRST_CORE = mx.new_thread_local_stream(mx.cpu)
 SECOND_CORE = mx.new_thread_local_stream(mx.cpu)
 
@@ -1103,7 +1111,8 @@ SECOND_CORE = mx.new_thread_local_stream(mx.cpu)
 def two_core_loss(model, x, y):
     """The same as loss_fn, but each of two cores takes half of the rows.
 
-    Backpropagation does so, too: each half goes back on the core that it came from.
+    As MLX is lazy, the two calls of loss_fn only build the graph. When the loss is needed, both
+    cores work, and in backpropagation, too.
     """
     half = len(x) // 2
     if 2 * half != len(x):  # the mean over unequal halves would be another
@@ -1119,28 +1128,30 @@ def choose_loss_fn():
     """loss_fn, or two_core_loss where there is no GPU."""
     if mx.default_device() != mx.cpu:
         return loss_fn
-    # This limits how many operations MLX lines up for one core before it looks for some for the
-    # other. With 8 in place of its own 20, both are busy more of the time.
+    # A setting that MLX reads before it first computes. With 8 in place of its own 20, it goes less
+    # far along one core's half of the graph before it turns to the other's. Without this line
+    # training is only slower.
     os.environ.setdefault("MLX_BFS_MAX_WIDTH", "8")
     return two_core_loss
 
 
 # Several computers, or several *processes* (running programs) on one, can train a model together:
 # each computes the gradients for its share of the rows of each batch, and nn.average_gradients, in
-# make_step, gives all of them the mean. So they all take the same step. This is called *data
-# parallelism*. mlx.launch starts them. The number of a process is its *rank*.
+# make_step, gives all of them the mean. As they start with the same weights, thanks to `seed`, and
+# take the same steps, their models stay the same. This is called *data parallelism*. mlx.launch
+# starts them, and numbers them from 0: this number is the *rank*.
 
 
 def join_processes(settings, checksum, history):
-    """The rank of this process, from 0, and how many processes there are: 1 without mlx.launch.
+    """The rank of this process, and how many processes there are: without mlx.launch, 0 and 1.
 
-    Raises UserError if they differ in what they are about to do.
+    Each sends all others a checksum of what it is about to do. Raises UserError if they differ.
     """
     world = mx.distributed.init()
     plan = json.dumps([settings, checksum, history])
-    our_plan = mx.array([zlib.crc32(plan.encode())], dtype=mx.uint32)  # (1,): as one number
-    all_plans = mx.distributed.all_gather(our_plan)  # (processes,): each one's number
-    if mx.any(all_plans != our_plan):
+    ours = mx.array([zlib.crc32(plan.encode())], dtype=mx.uint32)  # (1,)
+    everyones = mx.distributed.all_gather(ours)  # (processes,)
+    if mx.any(everyones != ours):
         raise UserError(f"the processes differ in train.py, input.txt, or {CHECKPOINT}")
     if batch_size % world.size() != 0:
         raise UserError(f"{world.size()} processes cannot share batch_size = {batch_size} rows")
@@ -1183,7 +1194,9 @@ class Progress:
         now = time.perf_counter()
         pause = 1 if sys.stdout.isatty() else 15  # seconds between two lines
         is_due = now - self.last_print > pause
-        if is_due or self.step % 200 == 0:  # not in every step, since .item() waits for the GPU
+        if is_due or self.step % 200 == 0:
+            # Not in every step, since .item() waits for the GPU. But if the loss becomes nan, there
+            # is no sense in training on until the next line is printed.
             check_finite(loss.item(), self.step)
         if is_due:
             self.last_print = now
@@ -1225,9 +1238,10 @@ def best_loss(history):
 
 
 def save_epoch(model, optimizer, tokenizer, settings, checksum, history):
-    """Saves the model, if it is the best so far, and last the checkpoint.
+    """Saves the model, if it is the best so far, and then the checkpoint.
 
-    So if the run is killed before the checkpoint is saved, it repeats the epoch and saves the same.
+    The checkpoint comes last: if the run is killed before that, the one of the epoch before is
+    still there, and --resume repeats this epoch. (In the first epoch, start the run again.)
     """
     is_first = len(history) == 1
     if is_first and os.path.exists(MODEL):  # it is from the previous run
@@ -1259,7 +1273,10 @@ def check_same_run(notes, settings, checksum):
 
 
 def resume_run(model, optimizer, settings, checksum):
-    """Restores model and optimizer from CHECKPOINT. Returns the history of that run."""
+    """Restores model and optimizer from CHECKPOINT. Returns the history of that run.
+
+    Raises UserError if the checkpoint is not one of this run.
+    """
     saved, notes = load(CHECKPOINT)
     check_same_run(notes, settings, checksum)
     check_match(CHECKPOINT, saved["model"], model.parameters())
@@ -1356,13 +1373,14 @@ def train(resume=False):
     for epoch in range(len(history), num_epochs):
         started = time.perf_counter()
         rng = np.random.default_rng([seed, epoch])  # so that a resumed epoch is the same
-        mx.random.seed(int(rng.integers(2**31)) + rank)  # for dropout
+        mx.random.seed(int(rng.integers(2**31)) + rank)  # for dropout, another in each process
         model.train()
         for x, y in get_batches(train_tokens, ctx_len, batch_size, rng):
             x = x[rank::processes]  # this process's share of the rows: all of them, if it is alone
             y = y[rank::processes]
             loss = step(x, y)
-            mx.async_eval(loss, model.state, optimizer.state)  # start computing, and do not wait
+            # Start to compute, and meanwhile prepare the next batch. (mx.eval would wait.)
+            mx.async_eval(loss, model.state, optimizer.state)
             progress.update(loss)
             # Here is the place for what you want to do every so many steps, for example:
             #     if progress.step % 10 == 0:
@@ -1412,7 +1430,7 @@ def main():
     except KeyboardInterrupt:  # Ctrl-C
         sys.exit("\ntrain.py: stopped. To resume a run: python train.py --resume")
     except BrokenPipeError:  # the reader of a pipe has left, as in: python train.py --sample | head
-        sys.stdout = None  # or Python would try to write to it once more
+        sys.stdout = None  # at its end Python writes what is left in stdout, and would fail again
         sys.exit(1)
     except (UserError, OSError) as error:
         sys.exit(f"train.py: {error}")
