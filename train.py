@@ -334,9 +334,9 @@ def attention_weights(q, k):
     """
     T, S = q.shape[-2], k.shape[-2]
     scores = q @ k.mT / math.sqrt(q.shape[-1])  # (..., T, S)
-    # [:, None] makes a column of the T positions that look. To compare it with a row of S positions,
-    # both are stretched to (T, S) (*broadcasting*): [[0], [1]] < [0, 1] is
-    # [[False, True], [False, False]].
+    # [:, None] makes a column of the T positions that look. Comparing it with a row of S positions
+    # stretches both to (T, S) (*broadcasting*): [[0], [1]] < [0, 1] is [[False, True], [False,
+    # False]].
     is_later = mx.arange(S - T, S)[:, None] < mx.arange(S)  # (T, S)
     scores = mx.where(is_later, -mx.inf, scores)  # (..., T, S)
     return mx.softmax(scores, axis=-1)  # along each row
@@ -388,7 +388,7 @@ class MultiHeadAttention(nn.Module):
         self.k_proj = nn.Linear(config.n_emb, config.n_emb)
         self.v_proj = nn.Linear(config.n_emb, config.n_emb)
         self.c_proj = nn.Linear(config.n_emb, config.n_emb)  # projection: mixes what heads found
-        # (The bias b of k_proj can do nothing. A query q has scores q . (k + b) = q . k + q . b: the
+        # (The bias b of k_proj can do nothing. A query has scores q . (k + b) = q . k + q . b: the
         # same number is added to all of them, and softmax ignores it. GPT-2 has it anyway.)
         #
         # *Dropout* sets a random fraction of its input to 0 and scales up the rest to make up for
