@@ -16,10 +16,10 @@ can use the GPU, the graphics processor of a Mac.
      4. Batches       8. GPT                   12. Prompts and pictures
 
 Sections 1 to 10 are the lesson. Read them from the top: each builds on what comes before it. (Only
-the argument `cache` must wait for section 10.) Then change something, run it again, and compare the
-validation loss: how badly the model predicts text that was held out from training. Lower is better.
-A model that guesses uniformly has 4.17. On the shipped input.txt the small model, for machines
-without a GPU, reaches @@SMALL, and the default model @@DEFAULT.
+the cache must wait for section 10.) Then change something, run it again, and compare the validation
+loss: how badly the model predicts text that was held out from training. Lower is better. A model
+that guesses uniformly gets 4.17. On the shipped input.txt the small model, for machines without a
+GPU, gets @@SMALL, and the default model @@DEFAULT.
 
 First things to try: another `temperature` (section 1), `n_heads = 1`, your own text in input.txt.
 """
@@ -218,8 +218,9 @@ def count_batches(tokens, ctx_len, batch_size):
 #
 # What is a good loss? Uniform guessing among 65 characters has ln 65 = 4.17. The classic baseline
 # is an *n-gram model*, which counts what followed each string of n - 1 characters in the training
-# set: if "e" followed "th" 60 times out of 100, then p = 0.6 for an "e" after "th". (Where it has
-# seen too little, it mixes in the counts of shorter strings: *smoothing*.)
+# set: if "e" followed "th" 60 times out of 100, then p is about 0.6 for an "e" after "th". What it
+# has never seen would have p = 0 and an infinite loss, so *smoothing* takes a little from every
+# count and gives it to what shorter strings predict. (Here it is the modified Kneser-Ney method.)
 #
 #     n        1       2       3       4       5       6       7
 #     loss     3.24    2.36    1.83    1.51    1.38    1.34    1.33
@@ -353,10 +354,10 @@ def attention_weights(q, k):
 #     sqrt(head_size)        1        2.83     5.66     11.31
 #     softmax(that, 0)[0]    0.731    0.944    0.997    1.000
 #
-# At 1.000 a nudge to the scores changes nothing, and without a gradient nothing is learned. With
-# scores divided by the root, we get 0.731 for any head_size. That is the general argument. Our
-# weights start so small (section 8) that all scores are far below 1 at first, and you may find no
-# difference.
+# At 1.000 a nudge to any score changes next to nothing. With hardly any gradient, queries and keys
+# hardly learn. With scores divided by the root, we get 0.731 for any head_size. That is the general
+# argument. Our weights start so small (section 8) that even undivided scores are typically 0.3 or
+# less at first, and you may find no difference.
 #
 # All this together is an attention *head*. It makes one average, so it can look for one kind of
 # thing. We want n_heads of them, which look for several kinds. Each gets head_size = n_emb /
@@ -419,7 +420,7 @@ class MultiHeadAttention(nn.Module):
         q = self.split_heads(self.q_proj(x))  # (B, n_heads, T, head_size)
         k = self.split_heads(self.k_proj(x))  # (B, n_heads, T, head_size)
         v = self.split_heads(self.v_proj(x))  # (B, n_heads, T, head_size)
-        # (If you try RoPE, rotary position embedding: rotate q and k above this line, which changes
+        # (If you ever try rotary position embeddings, RoPE: they go before this, which moves
         # cache.offset.)
         if cache is not None:  # only in section 10: keys and values of earlier positions
             k, v = cache.update_and_fetch(k, v)  # (B, n_heads, S, head_size)
@@ -473,8 +474,8 @@ class MLP(nn.Module):
 # So a layer only has to learn what to change. The vector that flows straight through all blocks is
 # called the *residual stream*. It also carries the gradient back to the first block. In a plain
 # chain of layers slopes multiply: after twelve with slopes of 1/2, only 1/4096 of the gradient is
-# left (*vanishing gradient*). But the slope of x + f(x) is 1 + f'(x): the 1 is a direct path for
-# the gradient, to which f' only adds or subtracts.
+# left (*vanishing gradient*). But the slope of x + f(x) is 1 + f'(x). Thanks to the 1, the gradient
+# also has a path along the stream that no layer shrinks.
 # (He et al., Deep Residual Learning for Image Recognition, 2015)
 #
 # As layer after layer adds to it, the stream grows. With it, the scores in attention would grow,
@@ -524,9 +525,10 @@ class Block(nn.Module):
 # works well (*weight tying*; Press and Wolf, Using the Output Embedding to Improve Language Models,
 # 2016).
 #
-# The matrices start out random. If all outputs of a layer started with the same weights, they would
-# compute the same, get the same gradients, and stay copies of each other. They start small, so that
-# all logits are close to 0 and no token is preferred: the first loss must be close to
+# The matrices start out random. If two outputs of a layer started with the same weights, coming in
+# and going out, they would get the same gradients and stay copies of each other. The weights start
+# small, so that all probabilities are nearly equal. (The current token starts a little ahead, since
+# its own row of wte, which also makes its logit, is in the stream.) The first loss must be close to
 # ln vocab_size, or something is wrong.
 
 
@@ -597,7 +599,7 @@ class GPT(nn.Module):
 
 
 def count_parameters(model):
-    """The number of trainable parameters.
+    """The number of parameters.
 
     >>> count_parameters(GPT(GPTConfig(65, 128, 128, 4, 3, dropout=0.0)))
     619776
@@ -628,8 +630,8 @@ def count_parameters(model):
 #
 # AdamW adds *weight decay*: each step also shrinks w by lr * weight_decay * w. So a weight stays
 # large only if its gradient keeps it large. With large weights a model can react sharply to small
-# details, as memorizing requires. (Kingma and Ba, Adam, 2014; Loshchilov and Hutter, Decoupled
-# Weight Decay Regularization, 2017)
+# details, which can help it to memorize. (Kingma and Ba, Adam, 2014; Loshchilov and Hutter,
+# Decoupled Weight Decay Regularization, 2017)
 
 
 def make_optimizer(total_steps):
@@ -649,8 +651,8 @@ def make_optimizer(total_steps):
     # and for a constant rate after the warmup: return lr * mx.minimum(rise, 1)
     def learning_rate(step):
         rise = (step + 1) / max(1, warmup_steps)
-        fall = 1 - step / total_steps
-        return lr * mx.clip(mx.minimum(rise, fall), 0, 1)
+        fall = mx.maximum(0, 1 - step / total_steps)
+        return lr * mx.minimum(rise, fall)
 
     # Only the matrices of the blocks are decayed. Biases, gains, and embeddings are left alone.
     # With decay on everything, the small model's loss was 0.02 higher. MultiOptimizer gives the
@@ -673,18 +675,19 @@ def make_optimizer(total_steps):
 # *Automatic differentiation*. nn.value_and_grad turns loss_fn into a function that returns the loss
 # and its gradients by backpropagation, in a tree like that of model.parameters().
 #
-# *Compilation*. mx.compile *traces* a function: it runs the Python code once for each shape of its
-# inputs, records the operations, and from then on replays the recording. That is faster: Python has
-# nothing to do, and small operations are merged. So, inside step,
+# *Compilation*. mx.compile *traces* a function: it runs the Python code once for all inputs of the
+# same shapes and types, records the operations, and from then on replays the recording. That is
+# faster: Python has nothing to do, and small operations are merged. So, inside step,
 #
 #     print("hello")                 prints only while it is recorded
-#     print(loss.item())             fails: there is no value while it is recorded
+#     print(loss.item())             fails: while it is recorded, there is no value
 #     max_norm, changed later        keeps its old value
 #     dropout                        stays on if it was on in the first call
 #     parameters, m, v, randomness   do change, because `state` names them
 #     step count, learning rate      do change: they are in optimizer.state
 #
-# While you experiment with step, return it uncompiled: `return step`.
+# While you experiment with step, return it uncompiled: `return step`. After an error in it, start
+# Python again: the model's arrays may be without values.
 
 
 def make_step(model, optimizer, loss_fn):
@@ -805,7 +808,7 @@ def generate(model, tokens, max_new_tokens, temperature=1.0, top_k=None):
     """Yields max_new_tokens tokens, one by one, that continue a list of at least one token.
 
     Puts the model in eval mode. If you call this in the middle of an epoch, call model.train()
-    afterwards.
+    afterwards. (A compiled step keeps dropout on anyway.)
     """
     model.eval()
     ctx_len = model.config.ctx_len
@@ -984,7 +987,7 @@ def continue_text(model, tokenizer, prompt, length):
     """Yields `length` characters that continue the prompt. The same seed gives the same text.
 
     It sets MLX's random seed and puts the model in eval mode. So if you call it in the middle of an
-    epoch, the epoch goes on with other random numbers, and needs model.train().
+    epoch, call model.train() afterwards, and expect other random numbers.
     """
     mx.random.seed(seed)
     for token in generate(model, tokenizer.encode(prompt), length, temperature, top_k):
@@ -1057,7 +1060,7 @@ def print_row(title, text):
 
 
 def draw_surprise(logits, tokens):
-    """Draws the loss at each token but the first. A full bar is that of uniform guessing."""
+    """Draws the loss at each token but the first. A full bar: no better than uniform guessing."""
     if len(tokens) > 1:
         targets = mx.array(tokens[1:])  # (T - 1,)
         losses = nn.losses.cross_entropy(logits[:-1], targets)  # (T - 1,): one for each target
@@ -1102,10 +1105,10 @@ def load_data():
     return tokenizer, train_tokens, val_tokens, zlib.crc32(text.encode())
 
 
-# The next two functions only save time on machines without a GPU. MLX works on a *stream* in order,
-# and on two streams at once, each on a core of its own.
-FIRST_CORE = mx.new_thread_local_stream(mx.cpu)
-SECOND_CORE = mx.new_thread_local_stream(mx.cpu)
+# The next two functions only save time on machines without a GPU. MLX works on one *stream* in
+# order, but on two streams at once, each in a thread of its own, which can have a core of its own.
+FIRST_STREAM = mx.new_thread_local_stream(mx.cpu)
+SECOND_STREAM = mx.new_thread_local_stream(mx.cpu)
 
 
 def two_core_loss(model, x, y):
@@ -1115,11 +1118,11 @@ def two_core_loss(model, x, y):
     cores work, and in backpropagation, too.
     """
     half = len(x) // 2
-    if 2 * half != len(x):  # the mean over unequal halves would be another
+    if 2 * half != len(x):  # the average of two unequal halves is not the mean of all rows
         return loss_fn(model, x, y)
-    with mx.stream(FIRST_CORE):
+    with mx.stream(FIRST_STREAM):
         first = loss_fn(model, x[:half], y[:half])
-    with mx.stream(SECOND_CORE):
+    with mx.stream(SECOND_STREAM):
         second = loss_fn(model, x[half:], y[half:])
         return (first + second) / 2
 
@@ -1128,9 +1131,9 @@ def choose_loss_fn():
     """loss_fn, or two_core_loss where there is no GPU."""
     if mx.default_device() != mx.cpu:
         return loss_fn
-    # A setting that MLX reads before it first computes. With 8 in place of its own 20, it goes less
-    # far along one core's half of the graph before it turns to the other's. Without this line
-    # training is only slower.
+    # To order its work, MLX walks the graph back from the results, and goes deeper once this many
+    # operations wait. With 8 in place of its own 20, the two halves mix better. MLX reads this only
+    # when it first computes. Without it, training is only slower.
     os.environ.setdefault("MLX_BFS_MAX_WIDTH", "8")
     return two_core_loss
 
@@ -1145,14 +1148,15 @@ def choose_loss_fn():
 def join_processes(settings, checksum, history):
     """The rank of this process, and how many processes there are: without mlx.launch, 0 and 1.
 
-    Each sends all others a checksum of what it is about to do. Raises UserError if they differ.
+    Each sends all others a checksum of its settings, text, and history. Raises UserError if they
+    differ.
     """
     world = mx.distributed.init()
     plan = json.dumps([settings, checksum, history])
     ours = mx.array([zlib.crc32(plan.encode())], dtype=mx.uint32)  # (1,)
     everyones = mx.distributed.all_gather(ours)  # (processes,)
     if mx.any(everyones != ours):
-        raise UserError(f"the processes differ in train.py, input.txt, or {CHECKPOINT}")
+        raise UserError(f"the processes differ in their settings, input.txt, or {CHECKPOINT}")
     if batch_size % world.size() != 0:
         raise UserError(f"{world.size()} processes cannot share batch_size = {batch_size} rows")
     return world.rank(), world.size()
@@ -1178,12 +1182,12 @@ class Progress:
     def __init__(self, steps_done, total_steps):
         self.step = steps_done
         self.total_steps = total_steps
-        self.start_time = None
+        self.start_step = None  # set after the first step, together with start_time and last_print
 
     def update(self, loss):
         """Counts a step, whose loss is a scalar array."""
         self.step += 1
-        if self.start_time is None:
+        if self.start_step is None:
             # The first step is slow, since it is compiled. Start the clock after it.
             mx.eval(loss)
             self.start_step = self.step
@@ -1247,6 +1251,8 @@ def save_epoch(model, optimizer, tokenizer, settings, checksum, history):
     if is_first and os.path.exists(MODEL):  # it is from the previous run
         shutil.copyfile(MODEL, unfinished(FORMER))
         os.replace(unfinished(FORMER), FORMER)
+    if is_first:
+        Path(CHECKPOINT).unlink(missing_ok=True)  # the previous run can no longer be resumed
     if history[-1]["val"] == best_loss(history):
         save_model(MODEL, model, tokenizer)
     state = {"model": model.parameters(), "optimizer": optimizer.state}
