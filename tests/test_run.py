@@ -292,14 +292,16 @@ def test_a_run_stopped_in_its_first_epoch_loses_nothing_and_is_not_confused(trai
     stopped = trained.run(code=STOP.format(moment="before saving", n=n, signal="SIGKILL"))
     assert stopped.returncode == -signal.SIGKILL and epochs(stopped.stdout) == []
     after = trained.files()
-    assert all(after[name] == before[name]
-               for name in ("checkpoint.safetensors", "runs.jsonl", "completions.txt"))
+    assert all(after[name] == before[name] for name in ("runs.jsonl", "completions.txt"))
+    # No checkpoint of the former run may remain beside a model of this one.
+    assert ("checkpoint.safetensors" in after) == (n == 1)
     assert before["model.safetensors"] == after[
         "model.safetensors" if n == 1 else "former.safetensors"]
     assert (after["model.safetensors"] == before["model.safetensors"]) == (n < 3)
     trained.edit(lr=2e-2, num_epochs=3)  # or it might refuse because the run is finished
     resumed = trained.run("--resume")
-    assert resumed.returncode != 0 and "lr" in resumed.stderr and "0.02" in resumed.stderr
+    assert resumed.returncode != 0
+    assert ("0.02" if n == 1 else "no checkpoint.safetensors") in resumed.stderr
     assert trained.files() == after
 
 
