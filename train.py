@@ -15,11 +15,11 @@ can use the GPU, the graphics processor of a Mac.
      3. Tokenizer     7. MLP and block         11. Checks and files
      4. Batches       8. GPT                   12. Prompts and pictures
 
-Sections 1 to 10 are the lesson. Read them from the top: each builds on what comes before it. (Only
-the cache must wait for section 10.) Then change something, run it again, and compare the validation
-loss: how badly the model predicts text that was held out from training. Lower is better. A model
-that guesses uniformly gets 4.17. On the shipped input.txt the small model, for machines without a
-GPU, gets @@SMALL, and the default model @@DEFAULT.
+Sections 1 to 10 are the lesson. Read them from the top: each builds on what comes before it. (The
+one exception: section 10 explains the cache.) Then change something, run it again, and compare the
+validation loss: how badly the model predicts text that was held out from training. Lower is better.
+A model that guesses uniformly gets 4.17. On the shipped input.txt the small model, for machines
+without a GPU, gets @@SMALL, and the default model @@DEFAULT.
 
 First things to try: another `temperature` (section 1), `n_heads = 1`, your own text in input.txt.
 """
@@ -115,8 +115,9 @@ def split(text):
 # A neural network computes with numbers, so we turn each character into one, called a *token*:
 # its index in the sorted list of all distinct characters, the *vocabulary*.
 #
-# GPT-2's own vocabulary has 50,257 tokens, words and pieces of words found by *byte-pair encoding*.
-# A text then has fewer tokens. Single characters are simpler, and the model is the same.
+# GPT-2's own vocabulary has 50,257 tokens: words and pieces of words, found by *byte-pair
+# encoding*. The same text then has fewer tokens. Single characters are simpler, and the model is
+# the same.
 
 
 class CharTokenizer:
@@ -167,10 +168,10 @@ class CharTokenizer:
 def get_batches(tokens, ctx_len, batch_size, rng=None):
     """Yields (x, y), both (B, T) with T = ctx_len, where y holds the token after each one in x.
 
-    tokens is a NumPy array of ints. With rng, a NumPy random generator, rows are cut and ordered
-    at random, and rows that do not fill a batch are left out: for training. Without it, all rows
-    come in order, and the last batch may be smaller: for measuring the loss. Tokens at the end
-    that do not fill a row are left out.
+    tokens is a NumPy array of ints. For training, pass rng, a NumPy random generator: rows are cut
+    and ordered at random, and rows that do not fill a batch are left out. To measure the loss, omit
+    it: all rows come in order, and the last batch may be smaller. Tokens at the end that do not
+    fill a row are left out.
 
     >>> for x, y in get_batches(np.arange(10, 20), ctx_len=4, batch_size=2):
     ...     print(np.array(x))
@@ -182,7 +183,7 @@ def get_batches(tokens, ctx_len, batch_size, rng=None):
     """
     starts = np.arange(0, len(tokens) - ctx_len, ctx_len)  # where the rows begin
     if rng is not None:
-        # Without the last row: moved by the random start, it could reach beyond the end.
+        # Drop the last row: shifted by the random start, it could run past the end.
         starts = rng.permutation(starts[:-1]) + rng.integers(ctx_len)
         starts = starts[: len(starts) // batch_size * batch_size]
     for i in range(0, len(starts), batch_size):
@@ -201,7 +202,8 @@ def count_batches(tokens, ctx_len, batch_size):
 #
 # Before we build the model, let's decide how to judge it. At each position it gives each of the V
 # tokens of the vocabulary a number, called a *logit*: the higher, the more likely it is to come
-# next. *Softmax* turns V logits s into a probability distribution, positive numbers that sum to 1:
+# next. *Softmax* turns the V logits, s_1 to s_V, into a probability distribution: positive numbers
+# that sum to 1.
 #
 #     p_i = exp(s_i) / (exp(s_1) + ... + exp(s_V))        (2, 1, 0) -> (0.67, 0.24, 0.09)
 #
@@ -216,11 +218,11 @@ def count_batches(tokens, ctx_len, batch_size):
 # *cross-entropy*, in nats (for natural logarithm). exp(loss) is the *perplexity*: at a loss of 1.5
 # the model is as unsure as if it chose among exp(1.5) = 4.5 equally likely characters.
 #
-# What is a good loss? Uniform guessing among 65 characters has ln 65 = 4.17. The classic baseline
+# What is a good loss? Uniform guessing among 65 characters gives ln 65 = 4.17. The classic baseline
 # is an *n-gram model*, which counts what followed each string of n - 1 characters in the training
-# set: if "e" followed "th" 60 times out of 100, then p is about 0.6 for an "e" after "th". What it
+# set. If "e" followed "th" 60 times out of 100, then p is about 0.6 for an "e" after "th". What it
 # has never seen would have p = 0 and an infinite loss, so *smoothing* takes a little from every
-# count and gives it to what shorter strings predict. (Here it is the modified Kneser-Ney method.)
+# count and gives it to what shorter strings predict. (The table uses modified Kneser-Ney.)
 #
 #     n        1       2       3       4       5       6       7
 #     loss     3.24    2.36    1.83    1.51    1.38    1.34    1.33
@@ -267,7 +269,7 @@ def loss_fn(model, x, y):
 
 # %% 6. Attention
 #
-# From here on we build the model. Its sizes are handed to all parts of it in one object.
+# From here on we build the model. We pass its sizes to all its parts in one object.
 
 
 @dataclass
@@ -303,10 +305,10 @@ class GPTConfig:
 #     *value*    what I pass on to those who find me
 #
 # The score of one position for another is the *dot product* of its query and the other's key:
-# multiply entry by entry and add, so (1, 2) and (3, 4) give 1 * 3 + 2 * 4 = 11. It is large when
+# multiply entry by entry and add. So (1, 2) and (3, 4) give 1 * 3 + 2 * 4 = 11. It is large when
 # the two point the same way. The product of two matrices, a @ b, holds the dot product of each row
-# of a with each column of b. So q @ k.mT computes all scores at once (.mT turns rows into columns),
-# softmax turns each row of scores into attention weights, and weights @ v averages the values.
+# of a with each column of b. So q @ k.mT computes all scores at once (.mT turns rows into columns).
+# Softmax turns each row of scores into attention weights, and weights @ v averages the values.
 
 
 def attention_weights(q, k):
@@ -364,7 +366,7 @@ def attention_weights(q, k):
 # n_heads numbers. Their outputs are *concatenated*, which gives n_emb numbers again.
 #
 # One matrix computes the queries of all heads at once, (B, T, n_emb). Then they are split by head.
-# A product @ works on the last two axes and repeats that for all axes before them. So heads must
+# A product @ works on the last two axes and is repeated over all axes before them. So heads must
 # come before positions:
 #
 #     (B, n_heads, T, head_size) @ (B, n_heads, head_size, T) = (B, n_heads, T, T)
@@ -389,11 +391,11 @@ class MultiHeadAttention(nn.Module):
         self.k_proj = nn.Linear(config.n_emb, config.n_emb)
         self.v_proj = nn.Linear(config.n_emb, config.n_emb)
         self.c_proj = nn.Linear(config.n_emb, config.n_emb)  # projection: mixes what heads found
-        # (The bias b of k_proj can do nothing. A query has scores q . (k + b) = q . k + q . b: the
+        # (The bias b of k_proj has no effect. A query has scores q . (k + b) = q . k + q . b: the
         # same number is added to all of them, and softmax ignores it. GPT-2 has it anyway.)
         #
         # *Dropout* sets a random fraction of its input to 0 and scales up the rest to make up for
-        # it. No part of the model can rely on any single number then, which makes memorizing
+        # it. Then no part of the model can rely on any single number, which makes memorizing
         # harder. It acts only in training: model.train() turns it on, and model.eval() off.
         self.attn_dropout = nn.Dropout(config.dropout)
         self.resid_dropout = nn.Dropout(config.dropout)
@@ -420,8 +422,8 @@ class MultiHeadAttention(nn.Module):
         q = self.split_heads(self.q_proj(x))  # (B, n_heads, T, head_size)
         k = self.split_heads(self.k_proj(x))  # (B, n_heads, T, head_size)
         v = self.split_heads(self.v_proj(x))  # (B, n_heads, T, head_size)
-        # (If you ever try rotary position embeddings, RoPE: they go before this, which moves
-        # cache.offset.)
+        # (If you ever try rotary position embeddings, RoPE, apply them before this call, which
+        # advances cache.offset.)
         if cache is not None:  # only in section 10: keys and values of earlier positions
             k, v = cache.update_and_fetch(k, v)  # (B, n_heads, S, head_size)
         weights = attention_weights(q, k)  # (B, n_heads, T, S)
@@ -447,7 +449,7 @@ class MultiHeadAttention(nn.Module):
 # The first layer, c_fc ("fully connected"), makes 4 * n_emb numbers, like answers to that many
 # small questions about the vector. The second, c_proj, combines the answers into a change of the
 # vector. The factor of 4 is a convention. The c_ is left over from GPT-2's code, and
-# so is gelu_approx, a formula for GELU with tanh that is off by less than 0.0005.
+# so is gelu_approx, a tanh approximation of GELU that is off by less than 0.0005.
 
 
 class MLP(nn.Module):
@@ -486,8 +488,8 @@ class MLP(nn.Module):
 #     minus the mean, 3                  -2       -1        3
 #     divided by the root of 14/3        -0.93    -0.46     1.39        14/3 = (4 + 1 + 9) / 3
 #
-# Then it multiplies each number by a learned *gain* and adds a learned bias. In GPT-2 it stands at
-# the beginning of the side branches and not on the stream itself (*pre-norm*).
+# Then it multiplies each number by a learned *gain* and adds a learned bias. In GPT-2 it sits at
+# the start of each side branch, not on the stream itself (*pre-norm*).
 # (Ba et al., Layer Normalization, 2016)
 
 
@@ -525,11 +527,11 @@ class Block(nn.Module):
 # works well (*weight tying*; Press and Wolf, Using the Output Embedding to Improve Language Models,
 # 2016).
 #
-# The matrices start out random. If two outputs of a layer started with the same weights, coming in
-# and going out, they would get the same gradients and stay copies of each other. The weights start
-# small, so that all probabilities are nearly equal. (The current token starts a little ahead, since
-# its own row of wte, which also makes its logit, is in the stream.) The first loss must be close to
-# ln vocab_size, or something is wrong.
+# The matrices start out random. If two outputs of a layer started with the same incoming and
+# outgoing weights, they would get the same gradients and stay copies of each other. The weights
+# start small, so that all probabilities are nearly equal. (The current token starts a little ahead,
+# since its own row of wte, which also makes its logit, is in the stream.) The first loss must be
+# close to ln vocab_size, or something is wrong.
 
 
 class GPT(nn.Module):
@@ -666,11 +668,12 @@ def make_optimizer(total_steps):
     return optim.MultiOptimizer([decayed, others], [is_decayed])
 
 
-# Three ideas of MLX:
+# Three ideas behind MLX:
 #
 # *Lazy evaluation*. `a + b` computes nothing yet: it adds a node to a *computation graph*. The work
 # is done when a value is needed, by .item() or print, or when mx.eval demands it. So MLX sees a
-# whole step before it computes any of it. A loop that never asked would only grow the graph.
+# whole step before it computes any of it. A loop that never asked for a value would only grow
+# the graph.
 #
 # *Automatic differentiation*. nn.value_and_grad turns loss_fn into a function that returns the loss
 # and its gradients by backpropagation, in a tree like that of model.parameters().
@@ -693,13 +696,13 @@ def make_optimizer(total_steps):
 def make_step(model, optimizer, loss_fn):
     """Returns a function step(x, y), which trains the model on a batch and returns its loss.
 
-    loss_fn is the one of section 5, or another with the same arguments.
+    loss_fn is the one from section 5, or another with the same arguments.
     """
     loss_and_grad = nn.value_and_grad(model, loss_fn)
 
     def step(x, y):
         loss, grads = loss_and_grad(model, x, y)
-        grads = nn.average_gradients(grads)  # of several processes (section 13); of one: no change
+        grads = nn.average_gradients(grads)  # over several processes, if there are any (section 13)
         # *Gradient clipping*: if all gradients together, as one vector, are longer than max_norm,
         # they are scaled down to it. Otherwise m and v would long remember one odd batch.
         grads, _ = optim.clip_grad_norm(grads, max_norm)
@@ -793,7 +796,7 @@ class KVCache:
     def update_and_fetch(self, k, v):
         """Appends k and v, (B, n_heads, T, head_size) each, and returns all S positions of both.
 
-        Before, the offset is the position of the first new token; afterwards it is S.
+        Before the call, the offset is the position of the first new token; afterward it is S.
         """
         if self.offset > 0:
             k = mx.concatenate([self.keys, k], axis=2)  # (B, n_heads, S, head_size)
@@ -808,7 +811,7 @@ def generate(model, tokens, max_new_tokens, temperature=1.0, top_k=None):
     """Yields max_new_tokens tokens, one by one, that continue a list of at least one token.
 
     Puts the model in eval mode. If you call this in the middle of an epoch, call model.train()
-    afterwards. (A compiled step keeps dropout on anyway.)
+    afterward. (A compiled step keeps dropout on anyway.)
     """
     model.eval()
     ctx_len = model.config.ctx_len
@@ -832,7 +835,7 @@ def generate(model, tokens, max_new_tokens, temperature=1.0, top_k=None):
 # %% 11. Checks and files
 #
 # You have now seen all of GPT-2. What follows puts it to use. This section checks the settings and
-# keeps models in files, section 12 shows what a model does, and section 13 has the training loop.
+# saves models to files, section 12 shows what a model does, and section 13 has the training loop.
 
 MODEL = "model.safetensors"  # the best weights of this run
 FORMER = "former.safetensors"  # the best weights of the previous run
@@ -842,7 +845,7 @@ COMPLETIONS = "completions.txt"  # the text generated at the end of a run
 
 
 class UserError(Exception):
-    """An error the user can fix. main() shows it in one line, without a traceback."""
+    """An error the user can fix. main() shows it on one line, without a traceback."""
 
 
 # For each setting: its type, its smallest value, and the value it must stay below. Add a setting of
@@ -876,7 +879,7 @@ def check_settings():
         allowed = (int,) if kind is int else (int, float)
         if type(value) not in allowed or not smallest <= value < below:
             raise UserError(f"{name} = {value!r} must be of type {kind.__name__}, "
-                            f"from {smallest} to below {below}")
+                            f"at least {smallest} and below {below}")
         settings[name] = value
     if n_emb % n_heads != 0:
         raise UserError(f"n_emb = {n_emb} must be a multiple of n_heads = {n_heads}")
@@ -959,7 +962,7 @@ def load_model(path=MODEL):
     try:
         config = GPTConfig(**notes["config"])  # the entries of the dict become the arguments
     except (KeyError, TypeError):
-        raise UserError(f"{path} holds no model of this train.py") from None
+        raise UserError(f"{path} holds no model that this train.py can load") from None
     model = GPT(config)
     check_match(path, weights, model.parameters())
     model.update(weights)
@@ -987,7 +990,7 @@ def continue_text(model, tokenizer, prompt, length):
     """Yields `length` characters that continue the prompt. The same seed gives the same text.
 
     It sets MLX's random seed and puts the model in eval mode. So if you call it in the middle of an
-    epoch, call model.train() afterwards, and expect other random numbers.
+    epoch, call model.train() afterward, and expect different random numbers.
     """
     mx.random.seed(seed)
     for token in generate(model, tokenizer.encode(prompt), length, temperature, top_k):
@@ -1085,7 +1088,7 @@ def load_data():
     """Reads input.txt: a tokenizer, the training and validation tokens, and a checksum.
 
     Both parts are NumPy arrays. The checksum is a number that tells one text from another. Raises
-    UserError if there is too little to learn from, or OSError.
+    OSError, or UserError if there is too little to learn from.
     """
     try:
         text = load_text()
@@ -1105,8 +1108,8 @@ def load_data():
     return tokenizer, train_tokens, val_tokens, zlib.crc32(text.encode())
 
 
-# The next two functions only save time on machines without a GPU. MLX works on one *stream* in
-# order, but on two streams at once, each in a thread of its own, which can have a core of its own.
+# The next two functions only save time on machines without a GPU. MLX runs one *stream* in order,
+# but two streams at once, each in a thread of its own, which can have a core of its own.
 FIRST_STREAM = mx.new_thread_local_stream(mx.cpu)
 SECOND_STREAM = mx.new_thread_local_stream(mx.cpu)
 
@@ -1132,17 +1135,17 @@ def choose_loss_fn():
     if mx.default_device() != mx.cpu:
         return loss_fn
     # To order its work, MLX walks the graph back from the results, and goes deeper once this many
-    # operations wait. With 8 in place of its own 20, the two halves mix better. MLX reads this only
-    # when it first computes. Without it, training is only slower.
+    # operations wait. With 8 instead of the default 20, the two halves interleave better. MLX reads
+    # this only when it first computes. Without it, training is only slower.
     os.environ.setdefault("MLX_BFS_MAX_WIDTH", "8")
     return two_core_loss
 
 
-# Several computers, or several *processes* (running programs) on one, can train a model together:
-# each computes the gradients for its share of the rows of each batch, and nn.average_gradients, in
+# Several computers, or several *processes* (running programs) on one, can train a model together.
+# Each computes the gradients for its share of the rows of each batch, and nn.average_gradients, in
 # make_step, gives all of them the mean. As they start with the same weights, thanks to `seed`, and
 # take the same steps, their models stay the same. This is called *data parallelism*. mlx.launch
-# starts them, and numbers them from 0: this number is the *rank*.
+# starts them and numbers them from 0: this number is the *rank*.
 
 
 def join_processes(settings, checksum, history):
@@ -1200,7 +1203,7 @@ class Progress:
         is_due = now - self.last_print > pause
         if is_due or self.step % 200 == 0:
             # Not in every step, since .item() waits for the GPU. But if the loss becomes nan, there
-            # is no sense in training on until the next line is printed.
+            # is no point in training on until the next line is printed.
             check_finite(loss.item(), self.step)
         if is_due:
             self.last_print = now
@@ -1244,7 +1247,7 @@ def best_loss(history):
 def save_epoch(model, optimizer, tokenizer, settings, checksum, history):
     """Saves the model, if it is the best so far, and then the checkpoint.
 
-    The checkpoint comes last: if the run is killed before that, the one of the epoch before is
+    The checkpoint comes last. If the run is killed before that, the previous epoch's checkpoint is
     still there, and --resume repeats this epoch. (In the first epoch, start the run again.)
     """
     is_first = len(history) == 1
@@ -1281,7 +1284,7 @@ def check_same_run(notes, settings, checksum):
 def resume_run(model, optimizer, settings, checksum):
     """Restores model and optimizer from CHECKPOINT. Returns the history of that run.
 
-    Raises UserError if the checkpoint is not one of this run.
+    Raises UserError if the checkpoint is not from this run.
     """
     saved, notes = load(CHECKPOINT)
     check_same_run(notes, settings, checksum)
@@ -1317,7 +1320,7 @@ def compare_with_last(run, earlier_lines):
         return "This is the first run on this text."
     changed = changes(last["settings"], run["settings"])
     if not changed:
-        changed = "no setting (edits of the code are not compared)"
+        changed = "no settings (code edits are not compared)"
     return (f"Changed since the last run: {changed}. "
             f"Best validation loss {last['best_val']:.4f} to {run['best_val']:.4f}")
 
@@ -1379,7 +1382,7 @@ def train(resume=False):
     for epoch in range(len(history), num_epochs):
         started = time.perf_counter()
         rng = np.random.default_rng([seed, epoch])  # so that a resumed epoch is the same
-        mx.random.seed(int(rng.integers(2**31)) + rank)  # for dropout, another in each process
+        mx.random.seed(int(rng.integers(2**31)) + rank)  # for dropout, different in each process
         model.train()
         for x, y in get_batches(train_tokens, ctx_len, batch_size, rng):
             x = x[rank::processes]  # this process's share of the rows: all of them, if it is alone
@@ -1388,7 +1391,7 @@ def train(resume=False):
             # Start to compute, and meanwhile prepare the next batch. (mx.eval would wait.)
             mx.async_eval(loss, model.state, optimizer.state)
             progress.update(loss)
-            # Here is the place for what you want to do every so many steps, for example:
+            # Put here whatever you want to do every so many steps, for example:
             #     if progress.step % 10 == 0:
             #         print(f"\nstep {progress.step}: loss {loss.item()}")
             #     if progress.step % 500 == 0:  # --resume still goes back to the last whole epoch
@@ -1412,7 +1415,7 @@ def train(resume=False):
 
 
 def main():
-    """Does what the command line says. Shows a UserError or OSError in one line."""
+    """Does what the command line says. Shows a UserError or OSError on one line."""
     parser = argparse.ArgumentParser(description="Without options: train GPT-2 on input.txt.")
     options = parser.add_mutually_exclusive_group()
     options.add_argument("--sample", metavar="TEXT", nargs="?", const="",  # TEXT may be left out
@@ -1436,7 +1439,7 @@ def main():
     except KeyboardInterrupt:  # Ctrl-C
         sys.exit("\ntrain.py: stopped. To resume a run: python train.py --resume")
     except BrokenPipeError:  # the reader of a pipe has left, as in: python train.py --sample | head
-        sys.stdout = None  # at its end Python writes what is left in stdout, and would fail again
+        sys.stdout = None  # at exit Python flushes stdout, which would fail again
         sys.exit(1)
     except (UserError, OSError) as error:
         sys.exit(f"train.py: {error}")
