@@ -1398,7 +1398,7 @@ def train(resume=False):
             #         save_model(f"step{progress.step}.safetensors", model, tokenizer)
 
         print_passing("Measuring the losses")
-        train_loss = evaluate(model, train_tokens[: len(val_tokens)], fast_loss_fn)  # a part of it
+        train_loss = evaluate(model, train_tokens[: 1000 * ctx_len], fast_loss_fn)  # a part of it
         val_loss = evaluate(model, val_tokens, fast_loss_fn)
         check_finite(val_loss, progress.step)
         minutes = (time.perf_counter() - started) / 60
