@@ -1,7 +1,7 @@
 """Speed and memory, measured side by side in one run: python tests/benchmark.py [seconds]
 
-The model is the default one at the top of train.py, on whatever device there is. All variants
-take turns, for `seconds` (60) in training and a quarter of it in sampling; what is printed comes
+The model is the default one at the top of train.py, on whatever device there is, and on a CPU the
+small one, too. All variants take turns, for `seconds` (60) in training and a quarter of it in sampling; what is printed comes
 from the median of each one's turns. Every turn in training is `STEPS` steps.
 """
 
@@ -31,16 +31,17 @@ SOURCE = (ROOT / "train.py").read_text(encoding="utf-8")
 STEPS = 20 if mx.default_device() == mx.gpu else 2
 
 
-def default_settings():
-    """The constants in the block `if not small:` of train.py."""
+def settings_of(small):
+    """The constants in the block `if not small:` of train.py, or those in its `else:`."""
     for node in ast.parse(SOURCE).body:
         if isinstance(node, ast.If) and ast.unparse(node.test) == "not small":
-            return {line.targets[0].id: ast.literal_eval(line.value) for line in node.body}
+            lines = node.orelse if small else node.body
+            return {line.targets[0].id: ast.literal_eval(line.value) for line in lines}
 
 
-def prepare():
-    """Sets the default model's settings. Returns the tokens of the training set."""
-    for name, value in default_settings().items():
+def prepare(small=False):
+    """Sets a model's settings. Returns the tokens of the training set."""
+    for name, value in settings_of(small).items():
         setattr(train, name, value)
     text = train.load_text(ROOT / "input.txt")
     return train.split(np.array(train.CharTokenizer(text).encode(text), dtype=np.int32))[0]
@@ -58,12 +59,12 @@ def endless_batches(tokens):
         yield from train.get_batches(tokens, train.ctx_len, train.batch_size, rng)
 
 
-def ours(tokens, compiled=True):
-    """train.py's step, batches, and loop."""
+def ours(tokens, compiled=True, loss_fn=None):
+    """train.py's step, batches, and loop, with the loss function that it chooses, or another."""
     model = new_model()
     optimizer = train.make_optimizer(10**9)
     optimizer.init(model.trainable_parameters())
-    step = train.make_step(model, optimizer, train.choose_loss_fn())
+    step = train.make_step(model, optimizer, loss_fn or train.choose_loss_fn())
     batches = endless_batches(tokens)
 
     def turn():
@@ -259,6 +260,14 @@ def main():
     cached, whole = turns
     show("Sampling, characters a second",
          {cached: train.ctx_len // 2 / times[cached], whole: 1 / times[whole]}, 0, "more", whole)
+    if mx.default_device() == mx.cpu:
+        tokens = prepare(small=True)
+        cores = {"two cores": ours(tokens), "one core": ours(tokens, loss_fn=train.loss_fn)}
+        characters = STEPS * train.batch_size * train.ctx_len
+        times = race(cores, seconds / 2)
+        show("Training the small model, characters a second",
+             {name: characters / t for name, t in times.items()}, 0, "more", "one core")
+        tokens = prepare()
     kinds = operations(tokens)
     print(f"\nOperations in a compiled step: {sum(kinds.values())}, of which " +
           ", ".join(f"{n} {name}" for name, n in kinds.most_common(8)))

@@ -37,12 +37,12 @@ def set_constants(source, lines):
 
 
 def experiments():
-    """The experiments of the README, by number: the language and the text of the first block."""
+    """The experiments of the README that have an edit, by number: its language and its text."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     section = readme.split("\n## Experiments\n")[1].split("\n## ")[0]
     found = {}
     for part in section.split("\n### ")[1:]:
-        block = re.search(r"^```(\w+)\n(.*?)^```", part, re.M | re.S)
+        block = re.search(r"^```(python|diff)\n(.*?)^```", part, re.M | re.S)
         if block:
             found[int(part.split(".")[0])] = block.groups()
     return found
