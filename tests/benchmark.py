@@ -1,8 +1,8 @@
 """Speed and memory, measured side by side in one run: python tests/benchmark.py [seconds]
 
-The model is the default one at the top of train.py, on whatever device there is, and on a CPU the
-small one, too. All variants take turns, for `seconds` (60) in training and a quarter of it in sampling; what is printed comes
-from the median of each one's turns. Every turn in training is `STEPS` steps.
+The model is the default one of train.py, on whatever device there is, and on a CPU the small one,
+too. All variants take turns, for `seconds` (60) in training and a quarter of it in sampling. What
+is printed comes from the median of each one's turns. A turn in training is `STEPS` steps.
 """
 
 import ast
@@ -59,7 +59,7 @@ def endless_batches(tokens):
         yield from train.get_batches(tokens, train.ctx_len, train.batch_size, rng)
 
 
-def ours(tokens, compiled=True, loss_fn=None):
+def ours(tokens, compiled=True, loss_fn=None, steps=STEPS):
     """train.py's step, batches, and loop, with the loss function that it chooses, or another."""
     model = new_model()
     optimizer = train.make_optimizer(10**9)
@@ -70,7 +70,7 @@ def ours(tokens, compiled=True, loss_fn=None):
     def turn():
         (mx.enable_compile if compiled else mx.disable_compile)()
         model.train()
-        for _ in range(STEPS):
+        for _ in range(steps):
             loss = step(*next(batches))
             mx.async_eval(loss, model.state, optimizer.state)
         mx.eval(loss, model.state, optimizer.state)
@@ -196,11 +196,11 @@ def peak_memory(variant):
 
 def seconds_to_first_step():
     """From the start of python to the call of the first training step, with our input.txt."""
-    call = "            loss = step("
+    call = "\n            loss = step("
     assert SOURCE.count(call) == 1
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "train.py").write_text(
-            SOURCE.replace(call, "            raise SystemExit('first step')\n" + call), "utf-8")
+            SOURCE.replace(call, "\n            raise SystemExit('first step')" + call), "utf-8")
         Path(folder, "input.txt").write_bytes((ROOT / "input.txt").read_bytes())
         times = []
         for _ in range(5):
@@ -262,8 +262,9 @@ def main():
          {cached: train.ctx_len // 2 / times[cached], whole: 1 / times[whole]}, 0, "more", whole)
     if mx.default_device() == mx.cpu:
         tokens = prepare(small=True)
-        cores = {"two cores": ours(tokens), "one core": ours(tokens, loss_fn=train.loss_fn)}
-        characters = STEPS * train.batch_size * train.ctx_len
+        cores = {"two cores": ours(tokens, steps=50),
+                 "one core": ours(tokens, loss_fn=train.loss_fn, steps=50)}
+        characters = 50 * train.batch_size * train.ctx_len
         times = race(cores, seconds / 2)
         show("Training the small model, characters a second",
              {name: characters / t for name, t in times.items()}, 0, "more", "one core")
