@@ -194,8 +194,8 @@ def get_batches(tokens, ctx_len, batch_size, rng=None):
 
 def count_batches(tokens, ctx_len, batch_size):
     """How many batches get_batches() makes with an rng. The learning rate will depend on it."""
-    rows = (len(tokens) - 1) // ctx_len - 1
-    return rows // batch_size
+    rows = (len(tokens) - 1) // ctx_len  # - 1, since the last row needs one more token as a target
+    return (rows - 1) // batch_size  # - 1 for the row that is dropped
 
 
 # %% 5. Loss and learning
@@ -338,8 +338,8 @@ def attention_weights(q, k):
     T, S = q.shape[-2], k.shape[-2]
     scores = q @ k.mT / math.sqrt(q.shape[-1])  # (..., T, S)
     # [:, None] makes a column of the T positions that look. Comparing it with a row of S positions
-    # stretches both to (T, S) (*broadcasting*): [[0], [1]] < [0, 1] is [[False, True], [False,
-    # False]].
+    # stretches both to (T, S), by *broadcasting*. For T = S = 2:
+    # [[0], [1]] < [0, 1] is [[False, True], [False, False]]. True is what must not be seen.
     is_later = mx.arange(S - T, S)[:, None] < mx.arange(S)  # (T, S)
     scores = mx.where(is_later, -mx.inf, scores)  # (..., T, S)
     return mx.softmax(scores, axis=-1)  # along each row
@@ -392,7 +392,8 @@ class MultiHeadAttention(nn.Module):
         self.v_proj = nn.Linear(config.n_emb, config.n_emb)
         self.c_proj = nn.Linear(config.n_emb, config.n_emb)  # projection: mixes what heads found
         # (The bias b of k_proj has no effect. A query has scores q . (k + b) = q . k + q . b: the
-        # same number is added to all of them, and softmax ignores it. GPT-2 has it anyway.)
+        # same number c is added to all, and in softmax the factor exp(c) cancels. GPT-2 has it
+        # anyway.)
         #
         # *Dropout* sets a random fraction of its input to 0 and scales up the rest to make up for
         # it. Then no part of the model can rely on any single number, which makes memorizing
@@ -529,9 +530,10 @@ class Block(nn.Module):
 #
 # The matrices start out random. If two outputs of a layer started with the same incoming and
 # outgoing weights, they would get the same gradients and stay copies of each other. The weights
-# start small, so that all probabilities are nearly equal. (The current token starts a little ahead,
-# since its own row of wte, which also makes its logit, is in the stream.) The first loss must be
-# close to ln vocab_size, or something is wrong.
+# start small, so that all probabilities are nearly equal, and the model need not first unlearn a
+# wrong preference. The first loss must be close to ln vocab_size, or something is wrong. (It is a
+# little above. The model slightly favors repeating the current token: the row of wte that makes
+# that token's logit is also in the stream.)
 
 
 class GPT(nn.Module):
@@ -649,8 +651,8 @@ def make_optimizer(total_steps):
     parameters jumping around the goal, since m / sqrt(v) does not shrink with the gradients.
     """
 
-    # step is an mx.array, and the result must be one, too. For a cosine use mx.cos, not math.cos,
-    # and for a constant rate after the warmup: return lr * mx.minimum(rise, 1)
+    # step is an mx.array, and the result must be one, too. If you try half a cosine wave, use
+    # mx.cos, not math.cos. For a constant rate after the warmup: return lr * mx.minimum(rise, 1)
     def learning_rate(step):
         rise = (step + 1) / max(1, warmup_steps)
         fall = mx.maximum(0, 1 - step / total_steps)
@@ -686,11 +688,11 @@ def make_optimizer(total_steps):
 #     print(loss.item())             fails: while it is recorded, there is no value
 #     max_norm, changed later        keeps its old value
 #     dropout                        stays on if it was on in the first call
-#     parameters, m, v, randomness   do change, because `state` names them
+#     parameters, m, v, randomness   do change: they are in the list `state` below
 #     step count, learning rate      do change: they are in optimizer.state
 #
-# While you experiment with step, return it uncompiled: `return step`. After an error in it, start
-# Python again: the model's arrays may be without values.
+# While you experiment with step, return it uncompiled: `return step`. If it fails while it is
+# recorded, the model may be left with placeholders for arrays. Then start Python again.
 
 
 def make_step(model, optimizer, loss_fn):
@@ -811,7 +813,7 @@ def generate(model, tokens, max_new_tokens, temperature=1.0, top_k=None):
     """Yields max_new_tokens tokens, one by one, that continue a list of at least one token.
 
     Puts the model in eval mode. If you call this in the middle of an epoch, call model.train()
-    afterward. (A compiled step keeps dropout on anyway.)
+    afterward. (An uncompiled step needs it; a compiled one keeps dropout on anyway.)
     """
     model.eval()
     ctx_len = model.config.ctx_len
@@ -1108,8 +1110,9 @@ def load_data():
     return tokenizer, train_tokens, val_tokens, zlib.crc32(text.encode())
 
 
-# The next two functions only save time on machines without a GPU. MLX runs one *stream* in order,
-# but two streams at once, each in a thread of its own, which can have a core of its own.
+# The next two functions only save time on machines without a GPU. An operation written inside `with
+# mx.stream(s)` is put in the queue of s. Each queue is worked off in order, by a thread of its own,
+# and the computer runs two threads at once, on two cores.
 FIRST_STREAM = mx.new_thread_local_stream(mx.cpu)
 SECOND_STREAM = mx.new_thread_local_stream(mx.cpu)
 
@@ -1134,9 +1137,9 @@ def choose_loss_fn():
     """loss_fn, or two_core_loss where there is no GPU."""
     if mx.default_device() != mx.cpu:
         return loss_fn
-    # To order its work, MLX walks the graph back from the results, and goes deeper once this many
-    # operations wait. With 8 instead of the default 20, the two halves interleave better. MLX reads
-    # this only when it first computes. Without it, training is only slower.
+    # The order in which MLX queues the operations of the two halves depends on this number. By
+    # trial, 8 keeps both cores busier than MLX's own 20. MLX reads it when it first computes, so
+    # train() calls this function first. Without this line, training is only slower.
     os.environ.setdefault("MLX_BFS_MAX_WIDTH", "8")
     return two_core_loss
 
@@ -1154,10 +1157,10 @@ def join_processes(settings, checksum, history):
     Each sends all others a checksum of its settings, text, and history. Raises UserError if they
     differ.
     """
-    world = mx.distributed.init()
+    world = mx.distributed.init()  # the group of all processes
     plan = json.dumps([settings, checksum, history])
     ours = mx.array([zlib.crc32(plan.encode())], dtype=mx.uint32)  # (1,)
-    everyones = mx.distributed.all_gather(ours)  # (processes,)
+    everyones = mx.distributed.all_gather(ours)  # (processes,): what each of them sent
     if mx.any(everyones != ours):
         raise UserError(f"the processes differ in their settings, input.txt, or {CHECKPOINT}")
     if batch_size % world.size() != 0:
@@ -1202,8 +1205,8 @@ class Progress:
         pause = 1 if sys.stdout.isatty() else 15  # seconds between two lines
         is_due = now - self.last_print > pause
         if is_due or self.step % 200 == 0:
-            # Not in every step, since .item() waits for the GPU. But if the loss becomes nan, there
-            # is no point in training on until the next line is printed.
+            # Lines may be 15 seconds apart, so look for nan every 200 steps as well. (Not in every
+            # step, since .item() waits for the GPU.)
             check_finite(loss.item(), self.step)
         if is_due:
             self.last_print = now
@@ -1248,14 +1251,14 @@ def save_epoch(model, optimizer, tokenizer, settings, checksum, history):
     """Saves the model, if it is the best so far, and then the checkpoint.
 
     The checkpoint comes last. If the run is killed before that, the previous epoch's checkpoint is
-    still there, and --resume repeats this epoch. (In the first epoch, start the run again.)
+    still there, and --resume repeats this epoch. (In the first epoch there is none: start over.)
     """
     is_first = len(history) == 1
     if is_first and os.path.exists(MODEL):  # it is from the previous run
         shutil.copyfile(MODEL, unfinished(FORMER))
         os.replace(unfinished(FORMER), FORMER)
     if is_first:
-        Path(CHECKPOINT).unlink(missing_ok=True)  # the previous run can no longer be resumed
+        Path(CHECKPOINT).unlink(missing_ok=True)  # it belongs to the model that is now replaced
     if history[-1]["val"] == best_loss(history):
         save_model(MODEL, model, tokenizer)
     state = {"model": model.parameters(), "optimizer": optimizer.state}
@@ -1284,7 +1287,8 @@ def check_same_run(notes, settings, checksum):
 def resume_run(model, optimizer, settings, checksum):
     """Restores model and optimizer from CHECKPOINT. Returns the history of that run.
 
-    Raises UserError if the checkpoint is not from this run.
+    Call it before make_step, which takes hold of their state. Raises UserError if the checkpoint is
+    not from this run.
     """
     saved, notes = load(CHECKPOINT)
     check_same_run(notes, settings, checksum)
@@ -1364,7 +1368,7 @@ def train(resume=False):
     mx.random.seed(seed)
     model = GPT(GPTConfig(len(tokenizer.vocab), ctx_len, n_emb, n_heads, n_layers, dropout))
     optimizer = make_optimizer(total_steps)
-    optimizer.init(model.trainable_parameters())  # m = 0 and v = 0 for each parameter
+    optimizer.init(model.trainable_parameters())  # m = v = 0, for resume_run and make_step
     history = []  # for each epoch, its losses and how many minutes it took
     if resume:
         history = resume_run(model, optimizer, settings, checksum)
@@ -1403,7 +1407,7 @@ def train(resume=False):
         check_finite(val_loss, progress.step)
         minutes = (time.perf_counter() - started) / 60
         history.append({"train": train_loss, "val": val_loss, "minutes": minutes})
-        if rank == 0:
+        if rank == 0:  # the others need a copy of its files before a --resume
             save_epoch(model, optimizer, tokenizer, settings, checksum, history)
         report(f"Epoch {epoch:2}", train_loss, val_loss, model, tokenizer)
 
@@ -1418,7 +1422,7 @@ def main():
     """Does what the command line says. Shows a UserError or OSError on one line."""
     parser = argparse.ArgumentParser(description="Without options: train GPT-2 on input.txt.")
     options = parser.add_mutually_exclusive_group()
-    options.add_argument("--sample", metavar="TEXT", nargs="?", const="",  # TEXT may be left out
+    options.add_argument("--sample", metavar="TEXT", nargs="?", const="",  # without TEXT: ""
                          help="continue TEXT with the trained model")
     options.add_argument("--look", metavar="TEXT",
                          help="show what the trained model attends to and what it predicts next")
@@ -1427,7 +1431,7 @@ def main():
 
     sys.stdout.reconfigure(errors="replace")  # for terminals that cannot show every character
     if mx.distributed.init().rank() > 0:  # of several processes, only the first prints
-        sys.stdout = io.StringIO()
+        sys.stdout = io.StringIO()  # keeps what the others print, and nobody reads it
     try:
         if arguments.sample is not None:
             type_out(arguments.sample)
@@ -1438,7 +1442,7 @@ def main():
         sys.stdout.flush()  # so that a closed pipe is noticed here
     except KeyboardInterrupt:  # Ctrl-C
         sys.exit("\ntrain.py: stopped. To resume a run: python train.py --resume")
-    except BrokenPipeError:  # the reader of a pipe has left, as in: python train.py --sample | head
+    except BrokenPipeError:  # no one reads what we print, as after: python train.py --sample | head
         sys.stdout = None  # at exit Python flushes stdout, which would fail again
         sys.exit(1)
     except (UserError, OSError) as error:
