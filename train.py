@@ -423,8 +423,8 @@ class MultiHeadAttention(nn.Module):
         q = self.split_heads(self.q_proj(x))  # (B, n_heads, T, head_size)
         k = self.split_heads(self.k_proj(x))  # (B, n_heads, T, head_size)
         v = self.split_heads(self.v_proj(x))  # (B, n_heads, T, head_size)
-        # (If you ever try rotary position embeddings, RoPE, apply them before this call, which
-        # advances cache.offset.)
+        # (If you ever try rotary position embeddings, RoPE: rotate q and k here, by cache.offset, or
+        # by 0 without a cache. The next call advances it.)
         if cache is not None:  # only in section 10: keys and values of earlier positions
             k, v = cache.update_and_fetch(k, v)  # (B, n_heads, S, head_size)
         weights = attention_weights(q, k)  # (B, n_heads, T, S)
@@ -651,8 +651,9 @@ def make_optimizer(total_steps):
     parameters jumping around the goal, since m / sqrt(v) does not shrink with the gradients.
     """
 
-    # step is an mx.array, and the result must be one, too. If you try half a cosine wave, use
-    # mx.cos, not math.cos. For a constant rate after the warmup: return lr * mx.minimum(rise, 1)
+    # step is an mx.array that knows no negative numbers, and the result must be an mx.array, too.
+    # For half a cosine wave: fall = (1 + mx.cos(math.pi * step / total_steps)) / 2
+    # For a constant rate after the warmup: return lr * mx.minimum(rise, 1)
     def learning_rate(step):
         rise = (step + 1) / max(1, warmup_steps)
         fall = mx.maximum(0, 1 - step / total_steps)
@@ -1238,8 +1239,8 @@ def report(title, train_loss, val_loss, model, tokenizer):
     print(f"{title} | train = {train_loss:.4f} | val = {val_loss:.4f} | "
           f"perplexity {perplexity:.1f}")
     prompt = first_char(tokenizer)  # any text will do, if its characters are in input.txt
-    text = "".join(continue_text(model, tokenizer, prompt, 69))
-    print(f"{'':10}{one_line(text)}", flush=True)
+    text = "".join(continue_text(model, tokenizer, prompt, 69 - len(prompt)))
+    print(f"{'':10}{one_line(prompt + text)}", flush=True)
 
 
 def best_loss(history):
@@ -1400,6 +1401,7 @@ def train(resume=False):
             #         print(f"\nstep {progress.step}: loss {loss.item()}")
             #     if progress.step % 500 == 0:  # --resume still goes back to the last whole epoch
             #         save_model(f"step{progress.step}.safetensors", model, tokenizer)
+            # load_model("step500.safetensors") reads such a file, and continue_text() makes text.
 
         print_passing("Measuring the losses")
         train_loss = evaluate(model, train_tokens[: 1000 * ctx_len], fast_loss_fn)  # a part of it
