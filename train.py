@@ -423,8 +423,8 @@ class MultiHeadAttention(nn.Module):
         q = self.split_heads(self.q_proj(x))  # (B, n_heads, T, head_size)
         k = self.split_heads(self.k_proj(x))  # (B, n_heads, T, head_size)
         v = self.split_heads(self.v_proj(x))  # (B, n_heads, T, head_size)
-        # (If you ever try rotary position embeddings, RoPE: rotate q and k here, by cache.offset, or
-        # by 0 without a cache. The next call advances it.)
+        # (If you try rotary position embeddings, RoPE: rotate q and k here, by cache.offset, or by
+        # 0 without a cache. The next call advances it.)
         if cache is not None:  # only in section 10: keys and values of earlier positions
             k, v = cache.update_and_fetch(k, v)  # (B, n_heads, S, head_size)
         weights = attention_weights(q, k)  # (B, n_heads, T, S)
@@ -449,8 +449,8 @@ class MultiHeadAttention(nn.Module):
 #
 # The first layer, c_fc ("fully connected"), makes 4 * n_emb numbers, like answers to that many
 # small questions about the vector. The second, c_proj, combines the answers into a change of the
-# vector. The factor of 4 is a convention. The c_ is left over from GPT-2's code, and
-# so is gelu_approx, a tanh approximation of GELU that is off by less than 0.0005.
+# vector. The factor of 4 is a convention. The c_ is left over from GPT-2's code, and so is
+# gelu_approx, a tanh approximation of GELU that is off by less than 0.0005.
 
 
 class MLP(nn.Module):
@@ -495,7 +495,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Communication, then computation: (B, T, n_emb) to (B, T, n_emb)."""
+    """Attention, then MLP, each added to x: (B, T, n_emb) to (B, T, n_emb)."""
 
     def __init__(self, config):
         super().__init__()
