@@ -639,9 +639,9 @@ def count_parameters(model):
 
 
 def make_optimizer(total_steps):
-    """AdamW for a run of total_steps steps, with *warmup* and *linear decay* of the learning rate:
+    r"""AdamW for a run of total_steps steps, with *warmup* and *linear decay* of the learning rate:
 
-        lr           /\\
+        lr           /\
                    /    `-.
         0        /          `-.
                  0  warmup     total_steps
@@ -651,8 +651,8 @@ def make_optimizer(total_steps):
     parameters jumping around the goal, since m / sqrt(v) does not shrink with the gradients.
     """
 
-    # step is an mx.array that knows no negative numbers, and the result must be an mx.array, too.
-    # For half a cosine wave: fall = (1 + mx.cos(math.pi * step / total_steps)) / 2
+    # step is an unsigned mx.array, so step - 100 would wrap around below 0. The result must be an
+    # mx.array, too. For half a cosine wave: fall = (1 + mx.cos(math.pi * step / total_steps)) / 2
     # For a constant rate after the warmup: return lr * mx.minimum(rise, 1)
     def learning_rate(step):
         rise = (step + 1) / max(1, warmup_steps)
