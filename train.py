@@ -16,10 +16,10 @@ can use the GPU, the graphics processor of a Mac.
      4. Batches       8. GPT                   12. Prompts and pictures
 
 Sections 1 to 10 are the lesson. Read them from the top: each builds on what comes before it. (The
-one exception: section 10 explains the cache.) Then change something, run it again, and compare the
-validation loss: how badly the model predicts text that was held out from training. Lower is better.
-A model that guesses uniformly gets 4.17. On the shipped input.txt the small model, for machines
-without a GPU, gets @@SMALL, and the default model @@DEFAULT.
+one exception is the cache, which section 10 explains.) Then change something, run it again, and
+compare the validation loss: how badly the model predicts text that was held out from training.
+Lower is better. A model that guesses uniformly gets 4.17. On the shipped input.txt the small model,
+for machines without a GPU, gets @@SMALL, and the default model @@DEFAULT.
 
 First things to try: another `temperature` (section 1), `n_heads = 1`, your own text in input.txt.
 """
@@ -201,9 +201,9 @@ def count_batches(tokens, ctx_len, batch_size):
 # %% 5. Loss and learning
 #
 # Before we build the model, let's decide how to judge it. At each position it gives each of the V
-# tokens of the vocabulary a number, called a *logit*: the higher, the more likely it is to come
-# next. *Softmax* turns the V logits, s_1 to s_V, into a probability distribution: positive numbers
-# that sum to 1.
+# tokens of the vocabulary a number, called a *logit*: the higher, the more likely the token is to
+# come next. *Softmax* turns the V logits, s_1 to s_V, into a probability distribution: positive
+# numbers that sum to 1.
 #
 #     p_i = exp(s_i) / (exp(s_1) + ... + exp(s_V))        (2, 1, 0) -> (0.67, 0.24, 0.09)
 #
@@ -366,7 +366,7 @@ def attention_weights(q, k):
 # n_heads numbers. Their outputs are *concatenated*, which gives n_emb numbers again.
 #
 # One matrix computes the queries of all heads at once, (B, T, n_emb). Then they are split by head.
-# A product @ works on the last two axes and is repeated over all axes before them. So heads must
+# The @ operator works on the last two axes and is repeated over all axes before them. So heads must
 # come before positions:
 #
 #     (B, n_heads, T, head_size) @ (B, n_heads, head_size, T) = (B, n_heads, T, T)
@@ -385,19 +385,19 @@ class MultiHeadAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.n_heads = config.n_heads
-        # nn.Linear(a, b) turns vectors of a numbers into vectors of b numbers: it multiplies by a
-        # matrix and adds b more parameters, called *biases*.
+        # nn.Linear(n, m) turns vectors of n numbers into vectors of m numbers: it multiplies by a
+        # matrix and adds m more parameters, called *biases*.
         self.q_proj = nn.Linear(config.n_emb, config.n_emb)
         self.k_proj = nn.Linear(config.n_emb, config.n_emb)
         self.v_proj = nn.Linear(config.n_emb, config.n_emb)
         self.c_proj = nn.Linear(config.n_emb, config.n_emb)  # projection: mixes what heads found
         # (The bias b of k_proj has no effect. A query has scores q . (k + b) = q . k + q . b: the
-        # same number c is added to all, and in softmax the factor exp(c) cancels. GPT-2 has it
+        # same c = q . b is added to all, and in softmax the factor exp(c) cancels. GPT-2 has it
         # anyway.)
         #
         # *Dropout* sets a random fraction of its input to 0 and scales up the rest to make up for
         # it. Then no part of the model can rely on any single number, which makes memorizing
-        # harder. It acts only in training: model.train() turns it on, and model.eval() off.
+        # harder. It acts only in training: model.train() turns it on; model.eval() turns it off.
         self.attn_dropout = nn.Dropout(config.dropout)
         self.resid_dropout = nn.Dropout(config.dropout)
 
@@ -424,7 +424,7 @@ class MultiHeadAttention(nn.Module):
         k = self.split_heads(self.k_proj(x))  # (B, n_heads, T, head_size)
         v = self.split_heads(self.v_proj(x))  # (B, n_heads, T, head_size)
         # (If you try rotary position embeddings, RoPE: rotate q and k here, by cache.offset, or by
-        # 0 without a cache. The next call advances it.)
+        # 0 without a cache. The call of update_and_fetch advances the offset.)
         if cache is not None:  # only in section 10: keys and values of earlier positions
             k, v = cache.update_and_fetch(k, v)  # (B, n_heads, S, head_size)
         weights = attention_weights(q, k)  # (B, n_heads, T, S)
@@ -627,10 +627,11 @@ def count_parameters(model):
 #     w = w - lr * m / sqrt(v)
 #
 # sqrt(v) is the typical size of g, so dividing by it cancels the size. As long as g stays the same,
-# be it 0.001 or 10, m / sqrt(v) is 1, and w moves by lr. If g strictly alternates between 1 and -1,
-# our betas make it only 0.05, and with random signs typically 0.23. So a parameter on which the
-# batches disagree moves little. (m and v start at 0, so they are too small at first. *Bias
-# correction* scales them up. A tiny number added to sqrt(v) avoids division by 0.)
+# be it 0.001 or 10, m / sqrt(v) is 1, and w moves by lr. If g alternates between 1 and -1, the
+# terms of m mostly cancel while v stays 1, and the ratio is only 0.05. With random signs it is
+# typically 0.23. So a parameter on which the batches disagree moves little. (m and v start at 0, so
+# they are too small at first. *Bias correction* scales them up. A tiny number added to sqrt(v)
+# avoids division by 0.)
 #
 # AdamW adds *weight decay*: each step also shrinks w by lr * weight_decay * w. So a weight stays
 # large only if its gradient keeps it large. With large weights a model can react sharply to small
@@ -651,8 +652,9 @@ def make_optimizer(total_steps):
     parameters jumping around the goal, since m / sqrt(v) does not shrink with the gradients.
     """
 
-    # step is an unsigned mx.array, so step - 100 would wrap around below 0. The result must be an
-    # mx.array, too. For half a cosine wave: fall = (1 + mx.cos(math.pi * step / total_steps)) / 2
+    # If you try another schedule: step is an unsigned mx.array, so step - 100 would wrap around
+    # below 0. The result must be an mx.array, too. For half a cosine wave:
+    #     fall = (1 + mx.cos(math.pi * step / total_steps)) / 2
     # For a constant rate after the warmup: return lr * mx.minimum(rise, 1)
     def learning_rate(step):
         rise = (step + 1) / max(1, warmup_steps)
@@ -689,8 +691,8 @@ def make_optimizer(total_steps):
 #     print(loss.item())             fails: while it is recorded, there is no value
 #     max_norm, changed later        keeps its old value
 #     dropout                        stays on if it was on in the first call
-#     parameters, m, v, randomness   do change: they are in the list `state` below
-#     step count, learning rate      do change: they are in optimizer.state
+#     parameters, m, v, step count,  do change: they are
+#     learning rate, randomness      in the list `state` below
 #
 # While you experiment with step, return it uncompiled: `return step`. If it fails while it is
 # recorded, the model may be left with placeholders for arrays. Then start Python again.
@@ -852,7 +854,8 @@ class UserError(Exception):
 
 
 # For each setting: its type, its smallest value, and the value it must stay below. Add a setting of
-# your own here, too: then it is checked, noted in the run log, and compared by --resume.
+# your own here, too (a number; for a switch, 0 or 1). Then it is checked, noted in the run log, and
+# compared by --resume.
 LIMITS = {
     "ctx_len": (int, 1, math.inf),
     "n_emb": (int, 1, math.inf),
@@ -1028,7 +1031,7 @@ def bars(shares):
 
 
 class Recorder(nn.Module):
-    """Passes on what it gets, and keeps it, so that we can see what flows through a model."""
+    """A layer that passes on what it gets, and keeps it. look() puts it in place of another."""
 
     def __call__(self, x):
         self.recorded = x
@@ -1112,8 +1115,8 @@ def load_data():
 
 
 # The next two functions only save time on machines without a GPU. An operation written inside `with
-# mx.stream(s)` is put in the queue of s. Each queue is worked off in order, by a thread of its own,
-# and the computer runs two threads at once, on two cores.
+# mx.stream(s)` is put in the queue of s. Each queue has a thread of its own, which works through it
+# in order, and the computer runs two threads at once, on two cores.
 FIRST_STREAM = mx.new_thread_local_stream(mx.cpu)
 SECOND_STREAM = mx.new_thread_local_stream(mx.cpu)
 
@@ -1122,7 +1125,8 @@ def two_core_loss(model, x, y):
     """The same as loss_fn, but each of two cores takes half of the rows.
 
     As MLX is lazy, the two calls of loss_fn only build the graph. When the loss is needed, both
-    cores work, and in backpropagation, too.
+    cores compute, and where one needs a result of the other, it waits. In backpropagation each
+    operation is put in the same queue as the one whose gradient it computes.
     """
     half = len(x) // 2
     if 2 * half != len(x):  # the average of two unequal halves is not the mean of all rows
@@ -1138,9 +1142,9 @@ def choose_loss_fn():
     """loss_fn, or two_core_loss where there is no GPU."""
     if mx.default_device() != mx.cpu:
         return loss_fn
-    # The order in which MLX queues the operations of the two halves depends on this number. By
-    # trial, 8 keeps both cores busier than MLX's own 20. MLX reads it when it first computes, so
-    # train() calls this function first. Without this line, training is only slower.
+    # MLX_BFS_MAX_WIDTH has an influence on the order in which MLX queues operations. By trial, 8
+    # keeps both cores busier than MLX's own 20. MLX reads it when it first computes, so train()
+    # calls this function first. You can delete the line: training is only slower then.
     os.environ.setdefault("MLX_BFS_MAX_WIDTH", "8")
     return two_core_loss
 
@@ -1155,13 +1159,13 @@ def choose_loss_fn():
 def join_processes(settings, checksum, history):
     """The rank of this process, and how many processes there are: without mlx.launch, 0 and 1.
 
-    Each sends all others a checksum of its settings, text, and history. Raises UserError if they
-    differ.
+    Raises UserError if they differ in their settings, their text, or the run they resume.
     """
     world = mx.distributed.init()  # the group of all processes
+    # To compare what they are about to do, it is enough that each sends a checksum of it to all.
     plan = json.dumps([settings, checksum, history])
     ours = mx.array([zlib.crc32(plan.encode())], dtype=mx.uint32)  # (1,)
-    everyones = mx.distributed.all_gather(ours)  # (processes,): what each of them sent
+    everyones = mx.distributed.all_gather(ours)  # (processes,)
     if mx.any(everyones != ours):
         raise UserError(f"the processes differ in their settings, input.txt, or {CHECKPOINT}")
     if batch_size % world.size() != 0:
@@ -1189,27 +1193,25 @@ class Progress:
     def __init__(self, steps_done, total_steps):
         self.step = steps_done
         self.total_steps = total_steps
-        self.start_step = None  # set after the first step, together with start_time and last_print
+        self.start_step = None  # the clock is started after the first step, which compiles
+        self.start_time = None
+        self.last_print = None
 
     def update(self, loss):
         """Counts a step, whose loss is a scalar array."""
         self.step += 1
         if self.start_step is None:
-            # The first step is slow, since it is compiled. Start the clock after it.
-            mx.eval(loss)
+            mx.eval(loss)  # wait until the first step is done
             self.start_step = self.step
             self.start_time = time.perf_counter()
             self.last_print = self.start_time
             return
 
+        if self.step % 200 == 0:
+            check_finite(loss.item(), self.step)  # not in every step: .item() waits for the GPU
         now = time.perf_counter()
         pause = 1 if sys.stdout.isatty() else 15  # seconds between two lines
-        is_due = now - self.last_print > pause
-        if is_due or self.step % 200 == 0:
-            # Lines may be 15 seconds apart, so look for nan every 200 steps as well. (Not in every
-            # step, since .item() waits for the GPU.)
-            check_finite(loss.item(), self.step)
-        if is_due:
+        if now - self.last_print > pause:
             self.last_print = now
             self.print_line(loss.item(), now)
 
@@ -1219,8 +1221,9 @@ class Progress:
         minutes_left = seconds_per_step * (self.total_steps - self.step) / 60
         line = (f"step {self.step:,} of {self.total_steps:,}, loss {loss:.2f}, "
                 f"{minutes_left:.1f} min left")
-        print_passing(line)
-        if not sys.stdout.isatty():
+        if sys.stdout.isatty():
+            print_passing(line)
+        else:
             print(line, flush=True)
 
 
@@ -1248,18 +1251,22 @@ def best_loss(history):
     return min(epoch["val"] for epoch in history)
 
 
+def keep_former_model():
+    """Before a new run saves: the previous run's model becomes FORMER, its checkpoint goes."""
+    if os.path.exists(MODEL):
+        shutil.copyfile(MODEL, unfinished(FORMER))
+        os.replace(unfinished(FORMER), FORMER)
+    Path(CHECKPOINT).unlink(missing_ok=True)
+
+
 def save_epoch(model, optimizer, tokenizer, settings, checksum, history):
     """Saves the model, if it is the best so far, and then the checkpoint.
 
     The checkpoint comes last. If the run is killed before that, the previous epoch's checkpoint is
     still there, and --resume repeats this epoch. (In the first epoch there is none: start over.)
     """
-    is_first = len(history) == 1
-    if is_first and os.path.exists(MODEL):  # it is from the previous run
-        shutil.copyfile(MODEL, unfinished(FORMER))
-        os.replace(unfinished(FORMER), FORMER)
-    if is_first:
-        Path(CHECKPOINT).unlink(missing_ok=True)  # it belongs to the model that is now replaced
+    if len(history) == 1:  # the first epoch of a new run
+        keep_former_model()
     if history[-1]["val"] == best_loss(history):
         save_model(MODEL, model, tokenizer)
     state = {"model": model.parameters(), "optimizer": optimizer.state}
@@ -1288,8 +1295,8 @@ def check_same_run(notes, settings, checksum):
 def resume_run(model, optimizer, settings, checksum):
     """Restores model and optimizer from CHECKPOINT. Returns the history of that run.
 
-    Call it before make_step, which takes hold of their state. Raises UserError if the checkpoint is
-    not from this run.
+    Call it before make_step, which would hold on to the old optimizer.state. Raises UserError if
+    the checkpoint is not from this run.
     """
     saved, notes = load(CHECKPOINT)
     check_same_run(notes, settings, checksum)
@@ -1369,7 +1376,7 @@ def train(resume=False):
     mx.random.seed(seed)
     model = GPT(GPTConfig(len(tokenizer.vocab), ctx_len, n_emb, n_heads, n_layers, dropout))
     optimizer = make_optimizer(total_steps)
-    optimizer.init(model.trainable_parameters())  # m = v = 0, for resume_run and make_step
+    optimizer.init(model.trainable_parameters())  # creates m and v, which resume_run may replace
     history = []  # for each epoch, its losses and how many minutes it took
     if resume:
         history = resume_run(model, optimizer, settings, checksum)
@@ -1424,7 +1431,8 @@ def main():
     """Does what the command line says. Shows a UserError or OSError on one line."""
     parser = argparse.ArgumentParser(description="Without options: train GPT-2 on input.txt.")
     options = parser.add_mutually_exclusive_group()
-    options.add_argument("--sample", metavar="TEXT", nargs="?", const="",  # without TEXT: ""
+    # nargs="?": TEXT may be left out, and is then const.
+    options.add_argument("--sample", metavar="TEXT", nargs="?", const="",
                          help="continue TEXT with the trained model")
     options.add_argument("--look", metavar="TEXT",
                          help="show what the trained model attends to and what it predicts next")
