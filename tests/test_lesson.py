@@ -171,7 +171,7 @@ NUMBER = r"(-?\d[\d,]*\.?\d*)"
     (rf"rate of 20\D* w = 5,\D* {NUMBER}", lambda: two_letters(5)[0]),
     (rf"50,257 tokens\D* {NUMBER} million",
      lambda: reference.count_parameters(50257, 1024, 768, 12) / 1e6),
-    (rf"between 1 and -1,\D* {NUMBER}", lambda: adam([1, -1] * 2000)),
+    (rf"the ratio is only {NUMBER}", lambda: adam([1, -1] * 2000)),
     (rf"random signs\D* {NUMBER}",
      lambda: adam(np.random.default_rng(0).choice([-1, 1], size=20_000))),
 ])
