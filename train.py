@@ -391,9 +391,8 @@ class MultiHeadAttention(nn.Module):
         self.k_proj = nn.Linear(config.n_emb, config.n_emb)
         self.v_proj = nn.Linear(config.n_emb, config.n_emb)
         self.c_proj = nn.Linear(config.n_emb, config.n_emb)  # projection: mixes what heads found
-        # (The bias b of k_proj has no effect. A query has scores q . (k + b) = q . k + q . b: the
-        # same c = q . b is added to all, and in softmax the factor exp(c) cancels. GPT-2 has it
-        # anyway.)
+        # (The bias of k_proj has no effect. It adds the same number, the dot product of query and
+        # bias, to all scores in a row, and softmax ignores that. GPT-2 has it anyway.)
         #
         # *Dropout* sets a random fraction of its input to 0 and scales up the rest to make up for
         # it. Then no part of the model can rely on any single number, which makes memorizing
@@ -423,8 +422,8 @@ class MultiHeadAttention(nn.Module):
         q = self.split_heads(self.q_proj(x))  # (B, n_heads, T, head_size)
         k = self.split_heads(self.k_proj(x))  # (B, n_heads, T, head_size)
         v = self.split_heads(self.v_proj(x))  # (B, n_heads, T, head_size)
-        # (If you try rotary position embeddings, RoPE: rotate q and k here, by cache.offset, or by
-        # 0 without a cache. The call of update_and_fetch advances the offset.)
+        # (If you try rotary position embeddings, RoPE: rotate q and k here, by their positions. The
+        # first one is cache.offset, or 0 without a cache. update_and_fetch advances the offset.)
         if cache is not None:  # only in section 10: keys and values of earlier positions
             k, v = cache.update_and_fetch(k, v)  # (B, n_heads, S, head_size)
         weights = attention_weights(q, k)  # (B, n_heads, T, S)
@@ -528,12 +527,12 @@ class Block(nn.Module):
 # works well (*weight tying*; Press and Wolf, Using the Output Embedding to Improve Language Models,
 # 2016).
 #
-# The matrices start out random. If two outputs of a layer started with the same incoming and
-# outgoing weights, they would get the same gradients and stay copies of each other. The weights
+# The matrices start out random. If all their entries were equal, the numbers that a layer makes would
+# be equal, too, get equal gradients, and stay equal: many numbers doing the work of one. The weights
 # start small, so that all probabilities are nearly equal, and the model need not first unlearn a
-# wrong preference. The first loss must be close to ln vocab_size, or something is wrong. (It is a
-# little above. The model slightly favors repeating the current token: the row of wte that makes
-# that token's logit is also in the stream.)
+# wrong preference. The first loss must be close to ln vocab_size, or something is wrong. (It is a little
+# above: the stream contains the current token's own row of wte, and the dot product of a row with
+# itself is always positive. So the model slightly favors repeating that token.)
 
 
 class GPT(nn.Module):
@@ -830,8 +829,9 @@ def generate(model, tokens, max_new_tokens, temperature=1.0, top_k=None):
         window = window + [token]
         unread = [token]
         if len(window) > ctx_len:
-            # All positions are taken. The simple loop above drops one token each time. Here we drop
-            # half of them, since those that stay get new positions and must all be read again.
+            # All positions are taken. If we dropped just one token, as the simple loop does, the
+            # others would get new positions and all have to be read again. Dropping half makes that
+            # rare.
             window = window[-max(1, ctx_len // 2) :]  # the newer half
             unread = window
             caches = [KVCache() for _ in model.blocks]
@@ -1125,8 +1125,8 @@ def two_core_loss(model, x, y):
     """The same as loss_fn, but each of two cores takes half of the rows.
 
     As MLX is lazy, the two calls of loss_fn only build the graph. When the loss is needed, both
-    cores compute, and where one needs a result of the other, it waits. In backpropagation each
-    operation is put in the same queue as the one whose gradient it computes.
+    cores compute, and backpropagation is divided between them, too. Where one needs a result of the
+    other, it waits.
     """
     half = len(x) // 2
     if 2 * half != len(x):  # the average of two unequal halves is not the mean of all rows
@@ -1142,9 +1142,9 @@ def choose_loss_fn():
     """loss_fn, or two_core_loss where there is no GPU."""
     if mx.default_device() != mx.cpu:
         return loss_fn
-    # MLX_BFS_MAX_WIDTH has an influence on the order in which MLX queues operations. By trial, 8
-    # keeps both cores busier than MLX's own 20. MLX reads it when it first computes, so train()
-    # calls this function first. You can delete the line: training is only slower then.
+    # Only a matter of speed; you can delete this line. The number influences the order in which MLX
+    # queues operations, and by trial 8 keeps both cores busier than MLX's own 20. It must be set
+    # before MLX first computes, so train() calls this function first.
     os.environ.setdefault("MLX_BFS_MAX_WIDTH", "8")
     return two_core_loss
 
@@ -1243,7 +1243,7 @@ def report(title, train_loss, val_loss, model, tokenizer):
           f"perplexity {perplexity:.1f}")
     prompt = first_char(tokenizer)  # any text will do, if its characters are in input.txt
     text = "".join(continue_text(model, tokenizer, prompt, 69 - len(prompt)))
-    print(f"{'':10}{one_line(prompt + text)}", flush=True)
+    print(f"{'':10}{one_line(prompt + text)}", flush=True)  # 10 + 69 columns
 
 
 def best_loss(history):
@@ -1295,8 +1295,8 @@ def check_same_run(notes, settings, checksum):
 def resume_run(model, optimizer, settings, checksum):
     """Restores model and optimizer from CHECKPOINT. Returns the history of that run.
 
-    Call it before make_step, which would hold on to the old optimizer.state. Raises UserError if
-    the checkpoint is not from this run.
+    Call it before make_step, which puts optimizer.state into its list `state`: one assigned later
+    would not be in it. Raises UserError if the checkpoint is not from this run.
     """
     saved, notes = load(CHECKPOINT)
     check_same_run(notes, settings, checksum)
@@ -1443,13 +1443,13 @@ def main():
     if mx.distributed.init().rank() > 0:  # of several processes, only the first prints
         sys.stdout = io.StringIO()  # keeps what the others print, and nobody reads it
     try:
-        if arguments.sample is not None:
+        if arguments.sample is not None:  # "" is a valid TEXT
             type_out(arguments.sample)
         elif arguments.look is not None:
             look(arguments.look)
         else:
             train(arguments.resume)
-        sys.stdout.flush()  # so that a closed pipe is noticed here
+        sys.stdout.flush()  # raises BrokenPipeError here, if at all
     except KeyboardInterrupt:  # Ctrl-C
         sys.exit("\ntrain.py: stopped. To resume a run: python train.py --resume")
     except BrokenPipeError:  # no one reads what we print, as after: python train.py --sample | head
