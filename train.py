@@ -527,12 +527,12 @@ class Block(nn.Module):
 # works well (*weight tying*; Press and Wolf, Using the Output Embedding to Improve Language Models,
 # 2016).
 #
-# The matrices start out random. If all their entries were equal, the numbers that a layer makes would
-# be equal, too, get equal gradients, and stay equal: many numbers doing the work of one. The weights
-# start small, so that all probabilities are nearly equal, and the model need not first unlearn a
-# wrong preference. The first loss must be close to ln vocab_size, or something is wrong. (It is a little
-# above: the stream contains the current token's own row of wte, and the dot product of a row with
-# itself is always positive. So the model slightly favors repeating that token.)
+# The matrices start out random. If all their entries were equal, the numbers that a layer makes
+# would be equal, too, get equal gradients, and stay equal: many numbers doing the work of one. The
+# weights start small, so that all probabilities are nearly equal, and the model need not first
+# unlearn a wrong preference. The first loss must be close to ln vocab_size, or something is wrong.
+# (It is a little above: the stream contains the current token's own row of wte, and the dot product
+# of a row with itself is always positive. So the model slightly favors repeating that token.)
 
 
 class GPT(nn.Module):
