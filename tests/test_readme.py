@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+import shutil
 import subprocess
 import sys
 import types
@@ -62,6 +63,23 @@ def test_an_experiment_applies_trains_and_can_be_looked_at(number, tmp_path, mon
     shown = capsys.readouterr().out
     assert "Epoch  0 | train = " in shown
     assert shown.count("\nblock 0, head ") == module.n_heads
+
+
+@pytest.mark.parametrize("numbers", [[1, 3, 6, 7, 8, 9, 11, 12], [2, 4, 5, 10]])
+def test_pytest_collects_after_the_edits(numbers, tmp_path):
+    source = SOURCE
+    for number in numbers:
+        try:
+            source = experiments.edited(source, *EDITS[number])
+        except ValueError:
+            skip_if_edited()
+            raise
+    (tmp_path / "train.py").write_text(source, encoding="utf-8")
+    shutil.copy(ROOT / "README.md", tmp_path)
+    shutil.copytree(ROOT / "tests", tmp_path / "tests")
+    result = subprocess.run([sys.executable, "-m", "pytest", "--collect-only", "-q", "tests"],
+                            cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout
 
 
 def test_the_sums(tmp_path, monkeypatch):
