@@ -19,7 +19,7 @@ Sections 1 to 10 are the lesson. Read them from the top: each builds on what com
 one exception is the cache, which section 10 explains.) Then change something, run it again, and
 compare the validation loss: how badly the model predicts text that was held out from training.
 Lower is better. A model that guesses uniformly gets 4.17. On the shipped input.txt the small model,
-for machines without a GPU, gets @@SMALL, and the default model @@DEFAULT.
+for machines without a GPU, gets 1.54, and the default model 1.25.
 
 First things to try: another `temperature` (section 1), `n_heads = 1`, your own text in input.txt.
 """
