@@ -169,8 +169,8 @@ def get_batches(tokens, ctx_len, batch_size, rng=None):
     """Yields (x, y), both (B, T) with T = ctx_len, where y holds the token after each one in x.
 
     tokens is a NumPy array of ints. For training, pass rng, a NumPy random generator: rows are cut
-    and ordered at random, and rows that do not fill a batch are left out. To measure the loss, omit
-    it: all rows come in order, and the last batch may be smaller. Tokens at the end that do not
+    and ordered at random, and rows that do not fill a batch are left out. For measuring, leave out
+    rng: all rows come in order, and the last batch may be smaller. Tokens at the end that do not
     fill a row are left out.
 
     >>> for x, y in get_batches(np.arange(10, 20), ctx_len=4, batch_size=2):
@@ -349,8 +349,9 @@ def attention_weights(q, k):
 # is the mean of their squares. Its square root, the *standard deviation*, says how large they
 # typically are. Suppose the entries of queries and keys are independent, with mean 0 and variance
 # 1. Then each product in a score has variance 1, too, and the variances add up (two facts of
-# statistics). So a score has variance head_size, and is typically sqrt(head_size) away from 0. Next
-# to a score of 0, it would then take nearly all of the weight (softmax *saturates*):
+# statistics). So a score has variance head_size, and is typically sqrt(head_size) away from 0. If
+# one score is that large and another is 0, the first takes nearly all of the weight (softmax
+# *saturates*):
 #
 #     head_size              1        8        32       128
 #     sqrt(head_size)        1        2.83     5.66     11.31
@@ -436,7 +437,7 @@ class MultiHeadAttention(nn.Module):
 # %% 7. MLP and block
 #
 # Attention moves information between positions. Then the *MLP* (multilayer perceptron, also called
-# feed-forward network) works on what has arrived, at each position by itself. It is two linear
+# a feed-forward network) works on what has arrived, at each position by itself. It is two linear
 # layers with a nonlinear *activation function* between them. Without that function the two could do
 # no more than one, as (x @ M) @ N = x @ (M @ N). Any nonlinearity would do. The simplest, which is
 # max(0, x), is called ReLU. GPT-2 uses *GELU*, which is smooth: x times the probability that a
@@ -528,7 +529,7 @@ class Block(nn.Module):
 # 2016).
 #
 # The matrices start out random. If all their entries were equal, the numbers that a layer makes
-# would be equal, too, get equal gradients, and stay equal: many numbers doing the work of one. The
+# would also be equal, get equal gradients, and stay equal: many numbers doing the work of one. The
 # weights start small, so that all probabilities are nearly equal, and the model need not first
 # unlearn a wrong preference. The first loss must be close to ln vocab_size, or something is wrong.
 # (It is a little above: the stream contains the current token's own row of wte, and the dot product
@@ -559,7 +560,7 @@ class GPT(nn.Module):
         std = 0.02  # GPT-2's standard deviation (but OpenAI's code has 0.01 for wpe)
         if name.endswith("c_proj.weight"):
             # Each block adds the outputs of two c_proj layers to the residual stream. A sum of N
-            # independent numbers is typically sqrt(N) times as large as one. This makes up for it.
+            # independent numbers is typically sqrt(N) times as large as each. This makes up for it.
             std = 0.02 / math.sqrt(2 * self.config.n_layers)
         return mx.random.normal(weight.shape, scale=std)
 
@@ -594,7 +595,7 @@ class GPT(nn.Module):
 #     ln_f                                                       256
 #                                                            619,776
 #
-# So nearly all of them are in the blocks, and two thirds of a block are its MLP. The smallest GPT-2
+# So nearly all of them are in the blocks, and two thirds of a block is its MLP. The smallest GPT-2
 # has n_emb = 768, 12 heads, 12 layers, ctx_len = 1024, and 50,257 tokens: 124 million parameters.
 # It differs from this model in size, tokens, and training. Its architecture is the same, and the
 # README shows how to load OpenAI's weights into this class.
@@ -694,7 +695,7 @@ def make_optimizer(total_steps):
 #     learning rate, randomness      in the list `state` below
 #
 # While you experiment with step, return it uncompiled: `return step`. If it fails while it is
-# recorded, the model may be left with placeholders for arrays. Then start Python again.
+# recorded, some parameters may hold no numbers any more. Then start Python again.
 
 
 def make_step(model, optimizer, loss_fn):
@@ -720,7 +721,7 @@ def make_step(model, optimizer, loss_fn):
 # A training run is then just this. (The real loop, in section 13, also saves and reports.)
 #
 #     for epoch in range(num_epochs):
-#         model.train()  # dropout on, since evaluate turns it off
+#         model.train()  # dropout on for the first call of step, and for an uncompiled step
 #         for x, y in get_batches(train_tokens, ctx_len, batch_size, rng):
 #             loss = step(x, y)
 #             mx.eval(loss, model.state, optimizer.state)
@@ -729,7 +730,7 @@ def make_step(model, optimizer, loss_fn):
 # While the loss falls on both sets, keep training. If it falls on the training set and rises on the
 # validation set, the model overfits: use more text, more dropout, fewer epochs, or a smaller model.
 # (We keep the weights of the best epoch and report its loss. Because it is the lowest of several
-# on the same text, it is slightly optimistic. Strictly, you would hold out a third part, a *test
+# on the same text, it is slightly optimistic. Strictly, you would hold out another part, a *test
 # set*.)
 
 
@@ -906,7 +907,8 @@ def unfinished(path):
     """The name for a file while it is being written.
 
     Once it is complete, os.replace() gives it its real name. So a run that is stopped in the middle
-    leaves no half-written file under that name. (getpid() keeps two runs in one folder apart.)
+    leaves no half-written file under that name. (getpid() keeps two runs in one folder apart. The
+    name ends as before, since MLX appends .safetensors to any other ending.)
     """
     path = Path(path)
     return str(path.with_name(f"unfinished-{os.getpid()}-{path.name}"))
@@ -951,7 +953,7 @@ def shapes(tree):
 
 
 def check_match(path, saved, ours):
-    """Raises UserError unless two trees, one of them saved in path, have the same arrays."""
+    """Raises UserError unless the tree saved in path has the names and shapes of our tree."""
     if shapes(saved) != shapes(ours):
         raise UserError(f"{path} does not match train.py: undo your edits, or train again")
 
@@ -1091,7 +1093,7 @@ def draw_next(logits, tokenizer):
 
 
 def load_data():
-    """Reads input.txt: a tokenizer, the training and validation tokens, and a checksum.
+    """Reads input.txt. Returns a tokenizer, the training and validation tokens, and a checksum.
 
     Both parts are NumPy arrays. The checksum is a number that tells one text from another. Raises
     OSError, or UserError if there is too little to learn from.
@@ -1114,9 +1116,9 @@ def load_data():
     return tokenizer, train_tokens, val_tokens, zlib.crc32(text.encode())
 
 
-# The next two functions only save time on machines without a GPU. An operation written inside `with
-# mx.stream(s)` is put in the queue of s. Each queue has a thread of its own, which works through it
-# in order, and the computer runs two threads at once, on two cores.
+# The next two functions only save time on machines without a GPU. In MLX, a *stream* is a queue of
+# operations: those written inside `with mx.stream(s)` go to s. Each stream has a thread of its own,
+# which works through it in order, and the computer runs two threads at once, on two cores.
 FIRST_STREAM = mx.new_thread_local_stream(mx.cpu)
 SECOND_STREAM = mx.new_thread_local_stream(mx.cpu)
 
@@ -1135,7 +1137,7 @@ def two_core_loss(model, x, y):
         first = loss_fn(model, x[:half], y[:half])
     with mx.stream(SECOND_STREAM):
         second = loss_fn(model, x[half:], y[half:])
-        return (first + second) / 2
+        return (first + second) / 2  # the sum could stand in either stream
 
 
 def choose_loss_fn():
@@ -1143,7 +1145,7 @@ def choose_loss_fn():
     if mx.default_device() != mx.cpu:
         return loss_fn
     # Only a matter of speed; you can delete this line. The number influences the order in which MLX
-    # queues operations, and by trial 8 keeps both cores busier than MLX's own 20. It must be set
+    # queues operations. In trials, 8 kept both cores busier than MLX's own 20. It must be set
     # before MLX first computes, so train() calls this function first.
     os.environ.setdefault("MLX_BFS_MAX_WIDTH", "8")
     return two_core_loss
@@ -1162,7 +1164,7 @@ def join_processes(settings, checksum, history):
     Raises UserError if they differ in their settings, their text, or the run they resume.
     """
     world = mx.distributed.init()  # the group of all processes
-    # To compare what they are about to do, it is enough that each sends a checksum of it to all.
+    # To compare what they are about to do, it is enough for each to send a checksum of it to all.
     plan = json.dumps([settings, checksum, history])
     ours = mx.array([zlib.crc32(plan.encode())], dtype=mx.uint32)  # (1,)
     everyones = mx.distributed.all_gather(ours)  # (processes,)
@@ -1252,7 +1254,10 @@ def best_loss(history):
 
 
 def keep_former_model():
-    """Before a new run saves: the previous run's model becomes FORMER, its checkpoint goes."""
+    """Before a new run saves, copies the old model to FORMER and deletes the old checkpoint.
+
+    The model is copied and not moved, so that MODEL exists at any time.
+    """
     if os.path.exists(MODEL):
         shutil.copyfile(MODEL, unfinished(FORMER))
         os.replace(unfinished(FORMER), FORMER)
@@ -1295,8 +1300,8 @@ def check_same_run(notes, settings, checksum):
 def resume_run(model, optimizer, settings, checksum):
     """Restores model and optimizer from CHECKPOINT. Returns the history of that run.
 
-    Call it before make_step, which puts optimizer.state into its list `state`: one assigned later
-    would not be in it. Raises UserError if the checkpoint is not from this run.
+    Call it before make_step, which stores the optimizer.state of that moment, and would not see one
+    assigned later. Raises UserError if the checkpoint is not from this run.
     """
     saved, notes = load(CHECKPOINT)
     check_same_run(notes, settings, checksum)
@@ -1416,7 +1421,7 @@ def train(resume=False):
         check_finite(val_loss, progress.step)
         minutes = (time.perf_counter() - started) / 60
         history.append({"train": train_loss, "val": val_loss, "minutes": minutes})
-        if rank == 0:  # the others need a copy of its files before a --resume
+        if rank == 0:  # on another computer, copy these files there before a --resume
             save_epoch(model, optimizer, tokenizer, settings, checksum, history)
         report(f"Epoch {epoch:2}", train_loss, val_loss, model, tokenizer)
 
@@ -1449,7 +1454,7 @@ def main():
             look(arguments.look)
         else:
             train(arguments.resume)
-        sys.stdout.flush()  # raises BrokenPipeError here, if at all
+        sys.stdout.flush()  # writes what is left, and may raise BrokenPipeError
     except KeyboardInterrupt:  # Ctrl-C
         sys.exit("\ntrain.py: stopped. To resume a run: python train.py --resume")
     except BrokenPipeError:  # no one reads what we print, as after: python train.py --sample | head
@@ -1461,6 +1466,6 @@ def main():
 
 if __name__ == "__main__":
     if Path(sys.argv[0]).name.endswith("kernel_launcher.py"):
-        train()  # the cells of a notebook are run by a program of that name, without our options
+        train()  # in a notebook, where sys.argv belongs to the program that runs the cells
     else:
         main()
