@@ -481,8 +481,8 @@ class MLP(nn.Module):
 # also has a path along the stream that no layer shrinks.
 # (He et al., Deep Residual Learning for Image Recognition, 2015)
 #
-# As layer after layer adds to it, the stream grows. With it, the scores in attention would grow,
-# until softmax saturates. *LayerNorm* keeps the input of each layer at the same scale. It shifts
+# As layer after layer adds to it, the stream grows. With it, the scores in attention would grow
+# until softmax saturated. *LayerNorm* keeps the input of each layer at the same scale. It shifts
 # and scales each vector by itself to mean 0 and variance 1:
 #
 #     x                                   1        2        6
@@ -695,7 +695,7 @@ def make_optimizer(total_steps):
 #     learning rate, randomness      in the list `state` below
 #
 # While you experiment with step, return it uncompiled: `return step`. If it fails while it is
-# recorded, some parameters may hold no numbers any more. Then start Python again.
+# recorded, some parameters may no longer hold numbers. Then start Python again.
 
 
 def make_step(model, optimizer, loss_fn):
@@ -752,10 +752,10 @@ def evaluate(model, tokens, loss_fn):
 #         logits = model(mx.array([tokens[-ctx_len:]]))  # (1, T, vocab_size)
 #         tokens.append(sample(logits[0, -1]))  # the last position predicts what comes next
 #
-# Using a trained model is called *inference*. How do we choose the token? Always taking the most
-# likely one, *greedy decoding*, soon repeats itself. So we draw one at random, with the model's
-# probabilities. We first divide the logits by a *temperature*: below 1 it makes the choice more
-# cautious, above 1 bolder.
+# Using a trained model is called *inference*. How do we choose the token? If we always take the most
+# likely one (*greedy decoding*), the text soon repeats itself. So we draw one at random, with the
+# model's probabilities. We first divide the logits by a *temperature*: below 1 it makes the choice
+# more cautious, above 1 bolder.
 #
 #     logits             2      1      0
 #     temperature 0.5    0.87   0.12   0.02
@@ -763,8 +763,8 @@ def evaluate(model, tokens, loss_fn):
 #     temperature 2      0.51   0.31   0.19
 #
 # *Top-k sampling* draws from the k most likely tokens only. Each of the others is unlikely, but
-# there are many, so now and then one is drawn and derails the text. (Among 65 characters, a k of 40
-# hardly matters.)
+# there are many, so now and then one would be drawn and derail the text. (Among 65 characters, a k
+# of 40 hardly matters.)
 
 
 def sample(logits, temperature=1.0, top_k=None):
@@ -1127,8 +1127,8 @@ def two_core_loss(model, x, y):
     """The same as loss_fn, but each of two cores takes half of the rows.
 
     As MLX is lazy, the two calls of loss_fn only build the graph. When the loss is needed, both
-    cores compute, and backpropagation is divided between them, too. Where one needs a result of the
-    other, it waits.
+    cores compute. In backpropagation each operation runs in the stream of its forward operation, so
+    that is divided, too. The sum needs both halves, so the second stream waits there for the first.
     """
     half = len(x) // 2
     if 2 * half != len(x):  # the average of two unequal halves is not the mean of all rows
@@ -1137,7 +1137,7 @@ def two_core_loss(model, x, y):
         first = loss_fn(model, x[:half], y[:half])
     with mx.stream(SECOND_STREAM):
         second = loss_fn(model, x[half:], y[half:])
-        return (first + second) / 2  # the sum could stand in either stream
+        return (first + second) / 2
 
 
 def choose_loss_fn():
@@ -1300,15 +1300,14 @@ def check_same_run(notes, settings, checksum):
 def resume_run(model, optimizer, settings, checksum):
     """Restores model and optimizer from CHECKPOINT. Returns the history of that run.
 
-    Call it before make_step, which stores the optimizer.state of that moment, and would not see one
-    assigned later. Raises UserError if the checkpoint is not from this run.
+    Raises UserError if the checkpoint is not from this run.
     """
     saved, notes = load(CHECKPOINT)
     check_same_run(notes, settings, checksum)
     check_match(CHECKPOINT, saved["model"], model.parameters())
     check_match(CHECKPOINT, saved["optimizer"], optimizer.state)
     model.update(saved["model"])
-    optimizer.state = saved["optimizer"]
+    optimizer.state = saved["optimizer"]  # a new dict: make_step must be called after this
     old_epochs = notes["settings"]["num_epochs"]
     if old_epochs != num_epochs:
         print(f"num_epochs was {old_epochs}: from now on, the learning rate follows the schedule "
@@ -1421,7 +1420,7 @@ def train(resume=False):
         check_finite(val_loss, progress.step)
         minutes = (time.perf_counter() - started) / 60
         history.append({"train": train_loss, "val": val_loss, "minutes": minutes})
-        if rank == 0:  # on another computer, copy these files there before a --resume
+        if rank == 0:  # with several computers, copy these files to the others before a --resume
             save_epoch(model, optimizer, tokenizer, settings, checksum, history)
         report(f"Epoch {epoch:2}", train_loss, val_loss, model, tokenizer)
 
