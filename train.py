@@ -752,10 +752,10 @@ def evaluate(model, tokens, loss_fn):
 #         logits = model(mx.array([tokens[-ctx_len:]]))  # (1, T, vocab_size)
 #         tokens.append(sample(logits[0, -1]))  # the last position predicts what comes next
 #
-# Using a trained model is called *inference*. How do we choose the token? If we always take the most
-# likely one (*greedy decoding*), the text soon repeats itself. So we draw one at random, with the
-# model's probabilities. We first divide the logits by a *temperature*: below 1 it makes the choice
-# more cautious, above 1 bolder.
+# Using a trained model is called *inference*. How do we choose the token? If we always take the
+# most likely one (*greedy decoding*), the text soon repeats itself. So we draw one at random, with
+# the model's probabilities. We first divide the logits by a *temperature*: below 1 it makes the
+# choice more cautious, above 1 bolder.
 #
 #     logits             2      1      0
 #     temperature 0.5    0.87   0.12   0.02
