@@ -617,8 +617,8 @@ def count_parameters(model):
 # batch is the mean over its examples: what would help only one of them mostly cancels out, and what
 # helps many remains. Since the batch is random, this is *stochastic* gradient descent.
 #
-# How far should a parameter move? Plain steps of lr * gradient, as in section 5, rarely suit all of
-# them: their gradients differ in size by orders of magnitude. *Adam* brings them to one scale. For
+# How far should a parameter move? Plain steps of lr * gradient, as in section 5, rarely suit all
+# parameters: gradients differ in size by orders of magnitude. *Adam* brings them to one scale. For
 # each parameter it keeps two moving averages, the first and second *moments*: m of its gradient g,
 # and v of the square of g. (This v has nothing to do with values.)
 #
@@ -1256,7 +1256,7 @@ def best_loss(history):
 def keep_former_model():
     """Before a new run saves, copies the old model to FORMER and deletes the old checkpoint.
 
-    The model is copied and not moved, so that MODEL exists at any time.
+    The model is copied and not moved, so that MODEL exists at all times.
     """
     if os.path.exists(MODEL):
         shutil.copyfile(MODEL, unfinished(FORMER))
