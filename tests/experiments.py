@@ -29,11 +29,11 @@ def apply_diff(source, diff):
 
 
 def set_constants(source, lines):
-    """The source with lines of Python put at the end of section 1."""
-    before, mark, after = source.partition("# %% 2.")
-    if not mark:
-        raise ValueError("train.py has no section 2")
-    return before + lines + mark + after
+    """The source with lines of Python put at the end of section 1. Raises ValueError."""
+    mark = "# %% 2."
+    if source.count(mark) != 1:
+        raise ValueError(f"train.py has no single line that starts with {mark!r}")
+    return source.replace(mark, lines + mark)
 
 
 def experiments():

@@ -37,6 +37,15 @@ def skip_if_edited():
         pytest.skip("train.py was edited, or this is no git checkout")
 
 
+def after_experiment(source, number):
+    """The source after the edit of an experiment."""
+    try:
+        return experiments.edited(source, *EDITS[number])
+    except ValueError:
+        skip_if_edited()
+        raise
+
+
 def import_file(path, name):
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
@@ -47,12 +56,7 @@ def import_file(path, name):
 
 @pytest.mark.parametrize("number", EDITS)
 def test_an_experiment_applies_trains_and_can_be_looked_at(number, tmp_path, monkeypatch, capsys):
-    source = with_settings(SOURCE, **TINY)
-    try:
-        source = experiments.edited(source, *EDITS[number])
-    except ValueError:
-        skip_if_edited()
-        raise
+    source = after_experiment(with_settings(SOURCE, **TINY), number)
     (tmp_path / "edited.py").write_text(source, encoding="utf-8")
     (tmp_path / "input.txt").write_text(TEXT * 8, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
@@ -69,11 +73,7 @@ def test_an_experiment_applies_trains_and_can_be_looked_at(number, tmp_path, mon
 def test_pytest_collects_after_the_edits(numbers, tmp_path):
     source = SOURCE
     for number in numbers:
-        try:
-            source = experiments.edited(source, *EDITS[number])
-        except ValueError:
-            skip_if_edited()
-            raise
+        source = after_experiment(source, number)
     (tmp_path / "train.py").write_text(source, encoding="utf-8")
     shutil.copy(ROOT / "README.md", tmp_path)
     shutil.copytree(ROOT / "tests", tmp_path / "tests")
