@@ -15,9 +15,10 @@ can use the GPU, the graphics processor of a Mac.
      3. Tokenizer     7. MLP and block         11. Checks and files
      4. Batches       8. GPT                   12. Prompts and pictures
 
-Sections 1 to 10 are the lesson. Read them from the top: each builds on what comes before it. (The
-one exception is the cache, which section 10 explains.) Then change something, run it again, and
-compare the validation loss: how badly the model predicts text that was held out from training.
+Sections 1 to 10 are the lesson. Read them from the top: each builds on what comes before it. (Where
+something comes early, such as the cache, a comment names the section that explains it.) Then change
+something, run it again, and compare the validation loss: how badly the model predicts text that was
+held out from training.
 Lower is better. A model that guesses uniformly gets 4.17. On the shipped input.txt the small model,
 for machines without a GPU, gets 1.54, and the default model 1.25.
 
@@ -85,7 +86,7 @@ seed = 0  # random seed
 
 max_new_tokens = 1000  # length of the generated text, in characters
 temperature = 0.8  # 0: always the most likely character; 1: unchanged; above 1: more random
-top_k = 40  # sample only from the k most likely characters; try 5
+top_k = 40  # sample only from the k most likely characters; try 5, or 1000 for all of them
 
 # %% 2. Data
 #
@@ -156,7 +157,10 @@ class CharTokenizer:
 #
 # One row holds T examples: after "F" comes "i", after "Fi" comes "r", and so on, up to "First Ci",
 # after which comes "t". The model answers all T at once, one at each *position* of the row. B rows
-# (*sequences*) form a *batch*, an array of shape (B, T). They do not interact.
+# (*sequences*) form a *batch*, and do not interact.
+#
+# A batch is an *array*, a grid of numbers. Its *shape*, here (B, T), says how long it is along each
+# *axis*. a[:, 0] is the first column: a colon alone takes everything along its axis.
 #
 # One pass over the training set is an *epoch*. If every epoch cut the text at the same places, the
 # first token of a row would always be seen without the text before it. So each epoch starts cutting
@@ -232,7 +236,11 @@ def count_batches(tokens, ctx_len, batch_size):
 
 
 def loss_fn(model, x, y):
-    """The mean cross-entropy, a scalar array, in nats per token. x and y are (B, T)."""
+    """The mean cross-entropy, a scalar array, in nats per token. x and y are (B, T).
+
+    evaluate(), in section 9, reports it, too. So if you add something to it that is meant for
+    training only, give evaluate() a copy of the old one.
+    """
     logits = model(x)  # (B, T, V)
     return nn.losses.cross_entropy(logits, y, reduction="mean")  # softmax, -ln p, mean
 
@@ -294,12 +302,15 @@ class GPTConfig:
 #     1/2  1/2  0          = softmax(0,    0, -inf)
 #     1/3  1/3  1/3        = softmax(0,    0,    0)
 #
-# Softmax gives equal scores equal weights, and a score of -inf no weight, as exp(-inf) = 0. The
-# -infs form the *causal mask*. It hides the future, which holds the very answer we ask for. A model
-# that saw it would learn to copy, but during generation there is nothing on the right to copy.
+# What goes into softmax here are called *scores*. Equal scores get equal weights, and a score of
+# -inf gets no weight, as exp(-inf) = 0. The -infs form the *causal mask*. It hides the future,
+# which holds the very answer we ask for. A model that saw it would learn to copy, but during
+# generation there is nothing on the right to copy.
 #
-# *Self-attention* keeps the mask and computes the other scores from the vectors themselves. Three
-# learned matrices turn each vector into three shorter ones, of head_size numbers:
+# *Self-attention* keeps the mask and computes the other scores from the vectors themselves. A
+# *matrix*, a table of numbers, turns a vector into a new one, each of whose numbers is a weighted
+# sum of the old ones. Three learned matrices turn each vector into three shorter ones, of head_size
+# numbers:
 #
 #     *query*    what I am looking for           *key*      what others can find me by
 #     *value*    what I pass on to those who find me
@@ -359,8 +370,8 @@ def attention_weights(q, k):
 #
 # At 1.000 a nudge to any score changes next to nothing. With hardly any gradient, queries and keys
 # hardly learn. With scores divided by the root, we get 0.731 for any head_size. That is the general
-# argument. Our weights start so small (section 8) that even undivided scores are typically 0.3 or
-# less at first, and you may find no difference.
+# argument. Our weights start so small (section 8) that even undivided scores are typically about
+# 0.3 at first in the default model, and 0.06 in the small one. So you may find no difference.
 #
 # All this together is an attention *head*. It makes one average, so it can look for one kind of
 # thing. We want n_heads of them, which look for several kinds. Each gets head_size = n_emb /
@@ -380,7 +391,8 @@ class MultiHeadAttention(nn.Module):
     """Causal multi-head self-attention: (B, T, n_emb) to (B, T, n_emb).
 
     MLX also has it as one fast function, mx.fast.scaled_dot_product_attention. It is written out
-    here because it is what we came to see, and because that function does not return the weights.
+    here because it is what we came to see, and because that function does not return the weights,
+    which --look draws.
     """
 
     def __init__(self, config):
@@ -399,7 +411,7 @@ class MultiHeadAttention(nn.Module):
         # it. Then no part of the model can rely on any single number, which makes memorizing
         # harder. It acts only in training: model.train() turns it on; model.eval() turns it off.
         self.attn_dropout = nn.Dropout(config.dropout)
-        self.resid_dropout = nn.Dropout(config.dropout)
+        self.resid_dropout = nn.Dropout(config.dropout)  # residual: section 7
 
     def split_heads(self, x):
         """(B, T, n_emb) to (B, n_heads, T, head_size).
@@ -438,10 +450,10 @@ class MultiHeadAttention(nn.Module):
 #
 # Attention moves information between positions. Then the *MLP* (multilayer perceptron, also called
 # a feed-forward network) works on what has arrived, at each position by itself. It is two linear
-# layers with a nonlinear *activation function* between them. Without that function the two could do
-# no more than one, as (x @ M) @ N = x @ (M @ N). Any nonlinearity would do. The simplest, which is
-# max(0, x), is called ReLU. GPT-2 uses *GELU*, which is smooth: x times the probability that a
-# standard normal random number (bell curve, mean 0, variance 1) is below x.
+# layers (nn.Linear) with an *activation function* between them, one whose graph is not a straight
+# line. Without it the two could do no more than one, as (x @ M) @ N = x @ (M @ N). Many functions
+# would do. The simplest, max(0, x), is called *ReLU*. GPT-2 uses *GELU*, which is smooth: x times
+# the probability that a standard normal random number (bell curve, mean 0, variance 1) is below x.
 # (Hendrycks and Gimpel, Gaussian Error Linear Units, 2016)
 #
 #     x           -3       -0.75    0        1        3
@@ -449,8 +461,8 @@ class MultiHeadAttention(nn.Module):
 #
 # The first layer, c_fc ("fully connected"), makes 4 * n_emb numbers, like answers to that many
 # small questions about the vector. The second, c_proj, combines the answers into a change of the
-# vector. The factor of 4 is a convention. The c_ is left over from GPT-2's code, and so is
-# gelu_approx, a tanh approximation of GELU that is off by less than 0.0005.
+# vector. The factor of 4 is a convention, and the c_ is left over from GPT-2's code. GPT-2 computes
+# GELU by a formula that is off by less than 0.0005. In MLX it is called gelu_approx.
 
 
 class MLP(nn.Module):
@@ -477,13 +489,13 @@ class MLP(nn.Module):
 # So a layer only has to learn what to change. The vector that flows straight through all blocks is
 # called the *residual stream*. It also carries the gradient back to the first block. In a plain
 # chain of layers slopes multiply: after twelve with slopes of 1/2, only 1/4096 of the gradient is
-# left (*vanishing gradient*). But the slope of x + f(x) is 1 + f'(x). Thanks to the 1, the gradient
-# also has a path along the stream that no layer shrinks.
+# left (*vanishing gradient*). But the slope of x + f(x) is 1 plus the slope of f. Thanks to the 1,
+# the gradient also has a path along the stream that no layer shrinks.
 # (He et al., Deep Residual Learning for Image Recognition, 2015)
 #
 # As layer after layer adds to it, the stream grows. With it, the scores in attention would grow
 # until softmax saturated. *LayerNorm* keeps the input of each layer at the same scale. It shifts
-# and scales each vector by itself to mean 0 and variance 1:
+# and scales each vector, independently of the others, to mean 0 and variance 1:
 #
 #     x                                   1        2        6
 #     minus the mean, 3                  -2       -1        3
@@ -552,7 +564,10 @@ class GPT(nn.Module):
         self.update(tree_map_with_path(self.init_weight, self.parameters()))
 
     def init_weight(self, name, weight):
-        """The initial value of the parameter with this name, such as blocks.0.mha.c_proj.weight."""
+        """The initial value of the parameter with this name, such as blocks.0.mha.c_proj.weight.
+
+        It replaces MLX's own initial values, also those of layers that you add.
+        """
         if name.endswith("bias"):
             return mx.zeros_like(weight)
         if weight.ndim == 1:  # the gains of LayerNorm
@@ -661,9 +676,9 @@ def make_optimizer(total_steps):
         fall = mx.maximum(0, 1 - step / total_steps)
         return lr * mx.minimum(rise, fall)
 
-    # Only the matrices of the blocks are decayed. Biases, gains, and embeddings are left alone.
-    # With decay on everything, the small model's loss was 0.02 higher. MultiOptimizer gives the
-    # first optimizer what is_decayed picks, and the second one the rest.
+    # Only the matrices of the blocks are decayed, as is common. Biases, gains, and embeddings are
+    # left alone. MultiOptimizer gives the first optimizer what is_decayed picks, and the second one
+    # the rest.
     def is_decayed(name, weight):
         return name.startswith("blocks") and weight.ndim == 2
 
@@ -746,16 +761,16 @@ def evaluate(model, tokens, loss_fn):
 
 # %% 10. Sampling
 #
-# The model generates one token at a time, and each is fed back in (*autoregressive* generation):
+# Using a trained model is called *inference*. A language model generates one token at a time, and
+# each is fed back in (*autoregressive* generation):
 #
 #     for _ in range(100):
 #         logits = model(mx.array([tokens[-ctx_len:]]))  # (1, T, vocab_size)
 #         tokens.append(sample(logits[0, -1]))  # the last position predicts what comes next
 #
-# Using a trained model is called *inference*. How do we choose the token? If we always take the
-# most likely one (*greedy decoding*), the text soon repeats itself. So we draw one at random, with
-# the model's probabilities. We first divide the logits by a *temperature*: below 1 it makes the
-# choice more cautious, above 1 bolder.
+# How do we choose the token? If we always take the most likely one (*greedy decoding*), the text
+# soon repeats itself. So we draw one at random, with the model's probabilities. We first divide the
+# logits by a *temperature*: below 1 it makes the choice more cautious, above 1 bolder.
 #
 #     logits             2      1      0
 #     temperature 0.5    0.87   0.12   0.02
@@ -907,8 +922,9 @@ def unfinished(path):
     """The name for a file while it is being written.
 
     Once it is complete, os.replace() gives it its real name. So a run that is stopped in the middle
-    leaves no half-written file under that name. (getpid() keeps two runs in one folder apart. The
-    name ends as before, since MLX appends .safetensors to any other ending.)
+    leaves no half-written file under that name. (getpid() keeps the unfinished files of two runs
+    apart. The finished ones they share, so train only one model in a folder at a time. The name
+    ends as before, since MLX appends .safetensors to any other ending.)
     """
     path = Path(path)
     return str(path.with_name(f"unfinished-{os.getpid()}-{path.name}"))
@@ -916,7 +932,7 @@ def unfinished(path):
 
 def save_text(path, text):
     """Writes a text file."""
-    Path(unfinished(path)).write_text(text, encoding="utf-8")
+    Path(unfinished(path)).write_text(text, encoding="utf-8", newline="\n")  # on Windows, too
     os.replace(unfinished(path), path)
 
 
@@ -1304,10 +1320,12 @@ def resume_run(model, optimizer, settings, checksum):
     """
     saved, notes = load(CHECKPOINT)
     check_same_run(notes, settings, checksum)
-    check_match(CHECKPOINT, saved["model"], model.parameters())
-    check_match(CHECKPOINT, saved["optimizer"], optimizer.state)
+    ours = {"model": model.parameters(), "optimizer": optimizer.state}
+    check_match(CHECKPOINT, saved, ours)
     model.update(saved["model"])
     optimizer.state = saved["optimizer"]  # a new dict: make_step must be called after this
+    last_epoch = len(notes["history"]) - 1
+    print(f"Resuming after epoch {last_epoch}, val = {notes['history'][-1]['val']:.4f}")
     old_epochs = notes["settings"]["num_epochs"]
     if old_epochs != num_epochs:
         print(f"num_epochs was {old_epochs}: from now on, the learning rate follows the schedule "
@@ -1455,7 +1473,7 @@ def main():
             train(arguments.resume)
         sys.stdout.flush()  # writes what is left, and may raise BrokenPipeError
     except KeyboardInterrupt:  # Ctrl-C
-        sys.exit("\ntrain.py: stopped. To resume a run: python train.py --resume")
+        sys.exit("\ntrain.py: stopped. To resume an unfinished run: python train.py --resume")
     except BrokenPipeError:  # no one reads what we print, as after: python train.py --sample | head
         sys.stdout = None  # at exit Python flushes stdout, which would fail again
         sys.exit(1)

@@ -19,7 +19,7 @@ import experiments  # noqa: E402
 import mlx.core as mx  # noqa: E402
 import train  # noqa: E402
 
-# A shell's background job ignores Ctrl-C, and so would all that it starts. Tests send it.
+# In a shell's background job Ctrl-C is ignored, also by child processes. Some tests send it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SOURCE = (ROOT / "train.py").read_text(encoding="utf-8")
@@ -30,7 +30,7 @@ unix = pytest.mark.skipif(os.name == "nt", reason="needs Unix signals, pipes, or
 TINY = dict(ctx_len=12, n_emb=16, n_heads=2, n_layers=1, dropout=0.0, num_epochs=2, batch_size=4,
             lr=1e-2, warmup_steps=3, weight_decay=0.1, beta1=0.9, beta2=0.99, max_norm=1.0, seed=0,
             max_new_tokens=40, temperature=0.8, top_k=40)
-TEXT = "".join(map(chr, range(32, 127))) + "\n"  # so that a reader's own prompts are in it
+TEXT = "".join(map(chr, range(32, 127))) + "\n"  # so that it has any plain prompt a reader may try
 TEXT += "".join(f"{n} sheep and {n * 7 % 10} goats went over the hill; one came back.\n"
                 for n in range(16))
 SHIPPED = "46191818cac3a9016d23b81f50be44eeb3bc237fa841e839b521c5badcfa357e"  # SHA-256
@@ -65,20 +65,23 @@ def with_settings(source, **settings):
         pytest.skip(str(error))
 
 
+def agrees(value, rounded, places):
+    """Whether a number that is rounded to so many places can be this value."""
+    return abs(value - rounded) <= 0.5000001 * 10**-places
+
+
 class Folder:
     """A folder with a copy of train.py in tiny settings, and a small input.txt."""
 
     def __init__(self, path):
         self.path = path
-        self.source = SOURCE  # change it, then call edit()
-        self.settings = dict(TINY)
         self.started = []
         self.edit()
         self.write("input.txt", TEXT)
 
     def edit(self, **settings):
-        """Writes train.py anew, with these settings on top of those in self.settings."""
-        self.write("train.py", with_settings(self.source, **{**self.settings, **settings}))
+        """Writes train.py anew, in tiny settings but for these."""
+        self.write("train.py", with_settings(SOURCE, **{**TINY, **settings}))
 
     def write(self, name, text):
         (self.path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
@@ -98,11 +101,11 @@ class Folder:
         return subprocess.run(**{**self.command(*arguments, code=code), "capture_output": True,
                                  "timeout": 120, **options})
 
-    def start(self, *arguments, code=None, **options):
-        """A process in a group of its own, as a terminal's are, with pipes to read from."""
+    def start(self, code, **options):
+        """Like run(), but does not wait for the end. Returns the process."""
         self.started.append(subprocess.Popen(**{
-            **self.command(*arguments, code=code), "stdout": subprocess.PIPE,
-            "stderr": subprocess.PIPE, "start_new_session": True, **options}))
+            **self.command(code=code), "stdout": subprocess.PIPE, "stderr": subprocess.PIPE,
+            **options}))
         return self.started[-1]
 
     def end(self):
@@ -135,7 +138,7 @@ def finished_run(tmp_path_factory):
 
 @pytest.fixture
 def trained(finished_run, tmp_path):
-    """A folder of one's own in which that run has taken place."""
+    """A copy of that run's folder, which a test may change."""
     for name, content in finished_run[0].files().items():
         (tmp_path / name).write_bytes(content)
     folder = Folder(tmp_path)

@@ -48,6 +48,11 @@ def experiments():
     return found
 
 
+def writes_text(block):
+    """Whether this is the code of an experiment that makes its own input.txt."""
+    return "input.txt" in block
+
+
 def edited(source, language, block):
     """The source after an experiment's edit."""
     if language == "diff":
@@ -76,7 +81,7 @@ def main():
             with tempfile.TemporaryDirectory() as folder:
                 (Path(folder) / "input.txt").write_bytes((ROOT / "input.txt").read_bytes())
                 source = original
-                if "input.txt" in block:  # an experiment that writes its own text
+                if writes_text(block):
                     subprocess.run([sys.executable, "-c", block], cwd=folder, check=True)
                 else:
                     source = edited(source, language, block)

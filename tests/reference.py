@@ -42,7 +42,12 @@ def random_weights(vocab_size, ctx_len, n_emb, n_layers):
 
 
 def forward(weights, tokens, n_heads):
-    """The logits (B, T, vocab_size) for tokens (B, T), one head after the other."""
+    """The logits (B, T, vocab_size) for tokens (B, T)."""
+    return forward_and_attention(weights, tokens, n_heads)[0]
+
+
+def forward_and_attention(weights, tokens, n_heads):
+    """The logits, and the attention weights (B, T, T) of each head, block by block."""
     w = {name: np.asarray(weight, dtype=np.float64) for name, weight in weights.items()}
 
     def norm(x, name):
@@ -60,6 +65,7 @@ def forward(weights, tokens, n_heads):
     future = np.triu(np.full((T, T), -np.inf), k=1)
     x = w["wte.weight"][tokens] + w["wpe.weight"][:T]
     size = x.shape[2] // n_heads
+    attention = []
     for i in range(sum(name.endswith("q_proj.weight") for name in w)):
         block = f"blocks.{i}."
         a = norm(x, block + "ln_1")
@@ -68,11 +74,12 @@ def forward(weights, tokens, n_heads):
         for start in range(0, x.shape[2], size):
             head = np.s_[:, :, start : start + size]
             scores = np.einsum("bti,bsi->bts", q[head], k[head]) / math.sqrt(size)
-            heads.append(softmax(scores + future) @ v[head])
+            attention.append(softmax(scores + future))
+            heads.append(attention[-1] @ v[head])
         x = x + linear(np.concatenate(heads, axis=2), block + "mha.c_proj")
         a = gelu(linear(norm(x, block + "ln_2"), block + "mlp.c_fc"))
         x = x + linear(a, block + "mlp.c_proj")
-    return norm(x, "ln_f") @ w["wte.weight"].T
+    return norm(x, "ln_f") @ w["wte.weight"].T, attention
 
 
 def loss(weights, x, y, n_heads):

@@ -34,7 +34,7 @@ def test_attention_weights(axes, T, S):
     found = np.array(train.attention_weights(mx.array(q), mx.array(k)))
     assert found.shape == (*axes, T, S)
     for t in range(T):
-        seen = S - T + t + 1  # of the last T positions, this is the one before `seen`
+        seen = S - T + t + 1  # query t stands at position S - T + t and sees keys up to itself
         scores = (q[..., t : t + 1, :] * k[..., :seen, :]).sum(-1) / math.sqrt(8)
         assert np.abs(found[..., t, :seen] - reference.softmax(scores)).max() < 1e-5
         assert (found[..., t, seen:] == 0).all()
@@ -114,7 +114,6 @@ def test_names_shapes_and_number_of_parameters(sizes):
     model = train.GPT(train.GPTConfig(vocab_size, ctx_len, n_emb, 8, n_layers, 0.0))
     found = {name: weight.shape for name, weight in tree_flatten(model.parameters())}
     assert found == reference.shapes(*sizes)
-    assert sum(map(math.prod, found.values())) == reference.count_parameters(*sizes)
     assert train.count_parameters(model) == reference.count_parameters(*sizes)
 
 
@@ -122,6 +121,7 @@ def test_dropout_acts_in_training_only():
     model, weights = build(dropout=0.5)
     x = tokens(2, 12)
     expected = reference.forward(weights, x, 2)
+    mx.random.seed(0)
     model.train()
     assert not mx.array_equal(model(mx.array(x)), model(mx.array(x)))
     model.eval()
@@ -131,6 +131,7 @@ def test_dropout_acts_in_training_only():
 @pytest.mark.parametrize("place", ["dropout", "blocks.1.mha.attn_dropout",
                                    "blocks.1.mha.resid_dropout", "blocks.1.mlp.dropout"])
 def test_dropout_is_where_gpt_2_has_it(place):
+    mx.random.seed(0)
     model, _ = build(dropout=0.5)
     dict(model.named_modules())[place].train()
     x = mx.array(tokens(2, 12))

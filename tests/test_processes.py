@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import ON_CPU, TEXT, Folder
-from test_run import CLOCK, arrays, assert_same_run, diary, epochs, losses
+from test_run import CLOCK, arrays, assert_same_run, run_log, epochs, losses
 
 LAUNCH = Path(sys.executable).with_name("mlx.launch")
 pytestmark = pytest.mark.skipif(not LAUNCH.exists(), reason="no mlx.launch beside this python")
@@ -25,18 +25,20 @@ def launch(folder, *arguments, code="import train; train.main()"):
     folder.write("launched.py", f"import os\nrank = int(os.environ['MLX_RANK'])\n{code}\n")
     command = folder.command(*arguments)
     command["args"][1] = "launched.py"
-    launcher = [str(LAUNCH), "-n", "2", "--starting-port", str(next(PORTS))]
+    launcher = [str(LAUNCH), "-n", "2", "--backend", "ring", "--starting-port", str(next(PORTS))]
     (folder.path / "tmp").mkdir(exist_ok=True)  # the launcher leaves files there
     environment = {**command["env"], "TMPDIR": str(folder.path / "tmp")}
     return folder.run(args=[*launcher, *command["args"]], stdin=SILENCE, env=environment)
 
 
 COUNT_ROWS = """
-rows = 0
+rows, random_numbers = 0, []
 
 def call(self, tokens, *rest, real=train.GPT.__call__):
     global rows
-    rows += len(tokens) if self.training else 0
+    if self.training:
+        rows += len(tokens)
+        random_numbers.append(train.mx.random.uniform().item())  # as dropout would draw some
     return real(self, tokens, *rest)
 
 train.GPT.__call__ = call
@@ -47,21 +49,25 @@ def test_two_processes_take_the_same_first_steps_as_one(folder, tmp_path_factory
     """Later ones need not be the same: what differs by rounding soon differs by more."""
     alone = Folder(tmp_path_factory.mktemp("alone"))
     for each in (folder, alone):
-        each.write("input.txt", TEXT[:450])  # some seven steps
-        each.settings.update(num_epochs=1)
-        each.edit()
+        each.write("input.txt", TEXT[:450])  # eight steps
+        each.edit(num_epochs=1)
     one = alone.run()
     code = CLOCK.format(seconds=30).replace("train.main()", COUNT_ROWS + "train.main()")
-    two = launch(folder, code=f"{code}\nprint(rows, file=open(f'rows.{{rank}}', 'w'))")
+    code += "\nprint(rows, random_numbers[0], file=open(f'rows.{rank}', 'w'))"
+    two = launch(folder, code=code)
     assert two.returncode == 0, two.stderr
-    said = [line for line in two.stdout.splitlines() if "min left" not in line]
-    assert len(said) == len(one.stdout.splitlines())  # one set of lines
+    said, said_alone = ([line for line in run.stdout.splitlines() if "min left" not in line]
+                        for run in (two, one))
+    assert len(said) == len(said_alone)  # one set of lines
     assert np.allclose(losses(two.stdout), losses(one.stdout), atol=2e-4)
     assert two.stdout.count("step 2 of ") == 1
-    assert len(diary(folder)) == 1
+    assert len(run_log(folder)) == 1
     assert set(folder.files()) == {*alone.files(), "launched.py", "rows.0", "rows.1"}
     steps = int(re.search(r"step 2 of (\d+)", two.stdout)[1])
-    assert int(folder.read("rows.0")) == int(folder.read("rows.1")) == steps * 4 / 2
+    (rows, number), (other_rows, other_number) = (
+        folder.read(f"rows.{rank}").split() for rank in (0, 1))
+    assert int(rows) == int(other_rows) == steps * 4 / 2
+    assert number != other_number
 
     # Adam's averages of the gradients and of their squares.
     ours, theirs = (arrays(each, "checkpoint.safetensors") for each in (folder, alone))

@@ -1,6 +1,7 @@
-"""The README: its edits apply and run, its code works, its figures stand in MEASUREMENTS.md."""
+"""The README: its edits apply and run, its code works, its figures appear in MEASUREMENTS.md."""
 
 import importlib.util
+import itertools
 import re
 import shutil
 import subprocess
@@ -13,12 +14,13 @@ import numpy as np
 import pytest
 import reference
 import train
-from conftest import ROOT, SOURCE, TEXT, TINY, with_settings
+from conftest import ROOT, SOURCE, TEXT, TINY, agrees, with_settings
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-NOTEBOOK = (ROOT / "tests" / "MEASUREMENTS.md").read_text(encoding="utf-8")
-EDITS = {number: edit for number, edit in experiments.experiments().items()
-         if "input.txt" not in edit[1]}
+MEASUREMENTS = (ROOT / "tests" / "MEASUREMENTS.md").read_text(encoding="utf-8")
+EXPERIMENTS = experiments.experiments()
+EDITS = {number: edit for number, edit in EXPERIMENTS.items()
+         if not experiments.writes_text(edit[1])}
 
 
 def section(title):
@@ -31,9 +33,10 @@ def blocks(text, language):
 
 def skip_if_edited():
     """A reader's own train.py need not fit the README any more."""
-    git = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", "train.py"], cwd=ROOT,
-                         capture_output=True)
-    if git.returncode != 0:
+    try:
+        subprocess.run(["git", "diff", "--quiet", "HEAD", "--", "train.py"], cwd=ROOT, check=True,
+                       capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
         pytest.skip("train.py was edited, or this is no git checkout")
 
 
@@ -84,32 +87,33 @@ def test_pytest_collects_after_the_edits(numbers, tmp_path):
 
 def test_the_sums(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    [block] = [block for block in blocks(section("Experiments"), "python") if "input.txt" in block]
+    [block] = filter(experiments.writes_text, blocks(section("Experiments"), "python"))
     exec(block, {})
     lines = (tmp_path / "input.txt").read_text().splitlines()
     assert lines[301] == "1 + 1 = 2" and len(lines) == 90_000
 
 
 def test_settings_in_the_readme_are_settings():
-    for block in blocks(README, "python"):
-        for name, value in re.findall(r"^(\w+) = ([\d.e-]+)$", block, re.M):
-            kind, smallest, below = train.LIMITS[name]
-            assert smallest <= kind(value) < below
+    found = [re.findall(r"^(\w+) = ([\d.e-]+)$", block, re.M) for block in blocks(README, "python")]
+    assert max(map(len, found)) == 6  # those of the larger model
+    for name, value in itertools.chain(*found):
+        kind, smallest, below = train.LIMITS[name]
+        assert smallest <= kind(value) < below
 
 
-def openai_file(path, vocab_size=11, ctx_len=10, n_emb=24, n_layers=2):
+def openai_file(path):
     """Writes random weights in OpenAI's layout. Returns them in train.py's names."""
-    weights = reference.random_weights(vocab_size, ctx_len, n_emb, n_layers)
+    ctx_len = 10
+    weights = reference.random_weights(11, ctx_len, n_emb=24, n_layers=2)
     arrays = {}
     for name, weight in weights.items():
-        weight = np.asarray(weight, dtype=np.float32)
         theirs = name.replace("blocks.", "h.").replace(".mha.", ".attn.")
         matrix_in_block = name.startswith("blocks.") and weight.ndim == 2
         if ".k_proj." in name or ".v_proj." in name:
             continue
         if ".q_proj." in name:
             parts = [weights[name.replace("q_proj", f"{letter}_proj")] for letter in "qkv"]
-            weight = np.concatenate(parts).astype(np.float32)
+            weight = np.concatenate(parts)
             theirs = theirs.replace("q_proj", "c_attn")
         arrays[theirs] = mx.array(weight.T if matrix_in_block else weight)
     arrays["h.0.attn.bias"] = mx.ones((1, 1, ctx_len, ctx_len))  # their mask, no parameter
@@ -159,20 +163,66 @@ def test_the_program_that_lets_gpt_2_write(gpt2, tmp_path, capsys):
     assert re.fullmatch(r"(<\d+>){100}", capsys.readouterr().out)
 
 
-def test_figures_stand_in_the_notebook():
-    noted = [float(figure) for figure in re.findall(r"\d+\.\d+", NOTEBOOK.replace(",", " "))]
-    figures = re.findall(r"(?<![\d.])\d\.\d{3,4}(?![\d.])", README)
+def losses_in(text, digits):
+    """The numbers in a text that look like losses, with so many digits after the point."""
+    return re.findall(rf"(?<![\d.])\d\.\d{{{digits}}}(?!\.?\d)", text)
+
+
+def can_come_from(figure, losses):
+    """Whether a figure is one of these losses, rounded."""
+    places = len(figure.split(".")[1])
+    return any(agrees(float(loss), float(figure), places) for loss in losses)
+
+
+def test_figures_appear_in_measurements():
+    noted = re.findall(r"\d+\.\d+", MEASUREMENTS.replace(",", " "))
+    figures = losses_in(README, digits="3,4")
     assert len(figures) > 20
     for figure in figures:
-        digits = len(figure.split(".")[1])
-        assert any(round(value, digits) == float(figure) for value in noted), figure
+        assert can_come_from(figure, noted), figure
+
+
+def measured(title, *row):
+    """The losses after each epoch in MEASUREMENTS.md: in this section, the row with these cells."""
+    part = MEASUREMENTS.split(f"\n## {title}\n")[1].split("\n## ")[0]
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in part.splitlines()]
+    [found] = [each[-1] for each in cells if each[:-1] == list(row)]
+    return found.split(", ")
+
+
+def test_the_chart_shows_the_default_model():
+    chart = re.search(r"^ +line \[(.*)\]$", README, re.M)[1].split(", ")
+    losses = measured("Losses", "default", "shipped", "0")
+    assert all(can_come_from(shown, [loss]) for shown, loss in zip(chart, losses, strict=True))
+
+
+def test_the_answers_have_the_losses_of_their_experiments():
+    part = MEASUREMENTS.split("\n## Experiments\n")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| (\d+) \| .* \| (\d) \| ([\d., ]+) \|$", part, re.M)
+    base = [measured("Losses", "small", "shipped", seed)[-1] for seed in "012"]
+    for experiment in section("Experiments").split("\n### ")[1:]:
+        number, answer = experiment.split(".")[0], experiment.split("</summary>")[1]
+        runs = [losses.split(", ") for n, _, losses in rows if n == number]
+        figures = losses_in(re.sub(r"^```.*?^```", "", answer, flags=re.M | re.S), digits="2,3")
+        assert (runs != []) == (int(number) in EXPERIMENTS)
+        for figure in figures:
+            assert can_come_from(figure, [*base, *itertools.chain(*runs)]), answer
+        for losses in runs:  # the last one of each run is in the answer
+            assert any(can_come_from(figure, [losses[-1]]) for figure in figures), answer
+
+
+def test_the_header_of_the_script_asks_for_what_requirements_txt_asks_for():
+    header = re.search(r"^# dependencies = \[(.*?)\]$", SOURCE, re.M | re.S)
+    if not header:
+        pytest.skip("train.py has no list of dependencies")
+    wanted = (ROOT / "requirements.txt").read_text(encoding="utf-8").replace('"', "'").splitlines()
+    assert sorted(re.findall(r'"(.*?)"', header[1])) == sorted(wanted)
 
 
 def test_links_lead_to_the_sections():
-    lines = SOURCE.splitlines()
-    links = re.findall(r"\[(\d+\. [^]]+)\]\(train\.py#L(\d+)\)", README)
-    assert len(links) == 14
-    for title, line in links:
-        if lines[int(line) - 1] != f"# %% {title}":
-            skip_if_edited()
-        assert lines[int(line) - 1] == f"# %% {title}"
+    titles = {line.removeprefix("# %% "): str(number)
+              for number, line in enumerate(SOURCE.splitlines(), 1) if line.startswith("# %% ")}
+    links = dict(re.findall(r"\[(\d+\. [^]]+)\]\(train\.py#L(\d+)\)", README))
+    if links != titles:
+        skip_if_edited()
+    assert links == titles

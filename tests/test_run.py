@@ -4,6 +4,7 @@ What needs a process of its own (signals, pipes, terminals, a fresh Python) gets
 most of the time. All else calls train.main() in this process.
 """
 
+import itertools
 import json
 import math
 import os
@@ -16,10 +17,12 @@ import threading
 from dataclasses import dataclass
 
 import mlx.core as mx
+import mlx.optimizers as optim
 import numpy as np
 import pytest
+import reference
 import train
-from conftest import ON_CPU, TEXT, TINY, Folder, unix
+from conftest import ON_CPU, SOURCE, TEXT, TINY, Folder, unix
 from mlx.utils import tree_flatten
 
 EPOCH = re.compile(r"^Epoch +(\d+) \| train = (\S+) \| val = (\S+) \|.* (\S+)$", re.M)
@@ -40,7 +43,7 @@ def arrays(folder, name):
     return {key: np.array(array) for key, array in mx.load(str(folder.path / name)).items()}
 
 
-def diary(folder):
+def run_log(folder):
     return [json.loads(line) for line in folder.read("runs.jsonl").splitlines()]
 
 
@@ -58,7 +61,7 @@ def assert_same_run(folder, other):
 
 @pytest.fixture
 def command(tiny, monkeypatch, capsys):
-    """Does in this process what the command line does: what it prints, and how it exits."""
+    """Runs the command line in this process. Returns what it printed, and its exit status."""
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
         try:
@@ -71,7 +74,7 @@ def command(tiny, monkeypatch, capsys):
 
 @pytest.fixture
 def here(folder, monkeypatch):
-    """A folder with nothing but the text and the script, in which this very process is."""
+    """A folder with only the script and the text, as the current directory."""
     monkeypatch.chdir(folder.path)
     return folder
 
@@ -84,7 +87,7 @@ def trained_here(trained, monkeypatch):
 
 
 def refused(folder, command, *arguments):
-    """The one line with which a command ends that must not train, write, or change anything."""
+    """Runs a command that must refuse, and change nothing. Returns its one-line message."""
     before = folder.files()
     output, status = command(*arguments)
     assert isinstance(status, str) and "\n" not in status  # which Python prints, and exits with 1
@@ -101,7 +104,7 @@ def test_a_run(finished_run):
     output, lines = result.stdout, result.stdout.splitlines()
     assert result.stderr == ""
     for name, value in TINY.items():
-        assert re.search(rf"\b{name}\W+{value}", output), name
+        assert re.search(rf"\b{name}\W+{value}(?![\w.])", output), name
     assert f"{sum(w.size for w in arrays(folder, 'model.safetensors').values()):,}" in output
     uniform = math.log(len(set(TEXT)))
     assert f"{uniform:.4f}" in output
@@ -122,7 +125,7 @@ def test_a_run(finished_run):
     assert all(name in end for name in ("model.safetensors", "completions.txt", "runs.jsonl"))
     assert {"checkpoint.safetensors", "model.safetensors"} <= set(folder.files())
     assert not list(folder.path.glob("unfinished-*")) and not list(folder.path.glob("former*"))
-    (run,) = diary(folder)
+    (run,) = run_log(folder)
     assert TINY.items() <= run["settings"].items() and abs(run["best_val"] - vals[1]) < 1e-4
 
 
@@ -136,12 +139,101 @@ def saved_model(folder):
     return model
 
 
+VOCAB = sorted(set(TEXT))
+
+
+def encoded(text):
+    return np.array([VOCAB.index(char) for char in text])
+
+
 def test_the_saved_model_is_that_of_the_last_line(finished_run, tiny):
     folder, result = finished_run
-    tokenizer, model = train.CharTokenizer(TEXT), saved_model(folder)
-    _, val_tokens = train.split(np.array(tokenizer.encode(TEXT)))
-    val_loss = train.evaluate(model, val_tokens, train.loss_fn)
-    assert abs(val_loss - losses(result.stdout)[-1][2]) < 1e-4
+    model, boundary = saved_model(folder), len(TEXT) * 9 // 10
+    for text, printed in zip((TEXT[:boundary], TEXT[boundary:]), losses(result.stdout)[-1][1:],
+                             strict=True):
+        assert abs(train.evaluate(model, encoded(text), train.loss_fn) - printed) < 1e-4
+
+
+def test_training_and_validation_text_do_not_overlap(here, tiny):
+    tokenizer, train_tokens, val_tokens, _ = train.load_data()
+    assert tokenizer.vocab == VOCAB and len(train_tokens) == len(TEXT) * 9 // 10
+    assert np.array_equal(np.concatenate([train_tokens, val_tokens]), encoded(TEXT))
+
+
+def total_steps(epochs):
+    """The steps of a run in tiny settings: one row less than there is place for."""
+    rows = (len(TEXT) * 9 // 10 - 1) // TINY["ctx_len"] - 1
+    return epochs * (rows // TINY["batch_size"])
+
+
+def last_rates(folder):
+    """The learning rates in the last step of a run."""
+    found = arrays(folder, "checkpoint.safetensors")
+    return [rate.item() for name, rate in found.items() if name.endswith("learning_rate")]
+
+
+def test_the_learning_rate_falls_until_the_last_step(finished_run):
+    rate = TINY["lr"] / total_steps(2)  # 0 would be the next step's
+    assert last_rates(finished_run[0]) == pytest.approx([rate, rate], rel=1e-4)
+
+
+@pytest.fixture
+def batches(monkeypatch):
+    """The first row of each batch that a run is trained on, in order."""
+    seen = []
+
+    def get_batches(tokens, ctx_len, batch_size, rng=None, real=train.get_batches):
+        for x, y in real(tokens, ctx_len, batch_size, rng):
+            if rng is not None:
+                seen.append(x[0].tolist())
+            yield x, y
+
+    monkeypatch.setattr(train, "get_batches", get_batches)
+    return seen
+
+
+def test_batches_and_first_weights_depend_on_the_seed_and_the_epoch(here, tiny, command, batches):
+    untrained = set()
+    for seed in (0, 1):
+        tiny(seed=seed)
+        output, _ = command()
+        untrained.add(re.search(r"^Untrained .*", output, re.M)[0])
+    n = total_steps(1)
+    assert len(batches) == 4 * n
+    epochs = [sorted(batches[i : i + n]) for i in range(0, 4 * n, n)]
+    assert all(a != b for a, b in itertools.combinations(epochs, 2))
+    assert len(untrained) == 2
+
+
+def test_a_model_is_trained_in_its_size_and_with_dropout(here, tiny, command):
+    weights = []
+    for dropout in (0.5, 0.0):
+        tiny(num_epochs=1, n_layers=2, dropout=dropout)
+        assert command()[1] == 0
+        weights.append(arrays(here, "model.safetensors"))
+        sizes = ["ctx_len", "n_emb", "n_heads", "n_layers", "dropout"]
+        config = {name: TINY[name] for name in sizes} | {"n_layers": 2, "dropout": dropout}
+        notes = mx.load("model.safetensors", return_metadata=True)[1]["notes"]
+        assert json.loads(notes)["config"] == {"vocab_size": len(VOCAB), **config}
+    with_dropout, without = weights
+    different = [not np.array_equal(with_dropout[name], without[name]) for name in without]
+    assert all(different)
+
+
+def test_what_the_loop_suggests_to_put_there(folder):
+    """The comment in the loop that prints and saves every so many steps, as code."""
+    suggestion = re.search(r"( +)# Put here .*:\n((?:\1#     .*\n)+)", SOURCE)
+    if not suggestion:
+        pytest.skip("train.py has no comment that suggests what to put into the loop")
+    code = re.sub(r"# {4} ", "", suggestion[2]).replace("500", "20")
+    source = (folder.path / "train.py").read_text(encoding="utf-8")
+    folder.write("train.py", source.replace(suggestion[0], code))
+    result = folder.run()
+    assert result.returncode == 0, result.stderr
+    steps = re.findall(r"^step (\d+): loss (\d)", result.stdout, re.M)
+    assert [int(step) for step, _ in steps] == list(range(10, total_steps(2) + 1, 10))
+    model, _ = train.load_model(folder.path / "step20.safetensors")
+    assert train.count_parameters(model) == train.count_parameters(saved_model(folder))
 
 
 def test_the_best_weights_are_kept(here, tiny, command, monkeypatch):
@@ -162,13 +254,12 @@ def test_the_best_weights_are_kept(here, tiny, command, monkeypatch):
     assert all(np.array_equal(saved[name], weights[5][name]) for name in saved)
     last = arrays(here, "checkpoint.safetensors")
     assert all(np.array_equal(last[f"model.{name}"], weights[7][name]) for name in saved)
-    assert diary(here)[-1]["best_val"] == 1
+    assert run_log(here)[-1]["best_val"] == 1
     assert command("--sample")[0].strip("\n") == here.read("completions.txt").decode().strip("\n")
 
 
 NOTEBOOK = """
-import sys, types
-sys.modules["ipykernel"] = types.ModuleType("ipykernel")
+import sys
 sys.argv = ["/somewhere/ipykernel_launcher.py", "-f", "/somewhere/kernel-1.json"]
 with open("train.py", encoding="utf-8") as file:
     cells = file.read()
@@ -250,12 +341,11 @@ train.main()
 def test_a_run_stopped_again_and_again_equals_one_without_a_break(folder, tmp_path_factory):
     whole = Folder(tmp_path_factory.mktemp("whole"))
     for each in (folder, whole):
-        each.settings.update(num_epochs=5, dropout=0.2)
-        each.edit()
+        each.edit(num_epochs=5, dropout=0.2)
     unbroken = whole.run()
     assert epochs(unbroken.stdout) == [0, 1, 2, 3, 4]
 
-    together = []
+    together, resumed = [], []
     for moment, n, sent, shown in [
             ("measuring", 5, "SIGKILL", [0]),  # all steps of epoch 1 are done, and lost
             ("before saving", 2, "SIGKILL", []),  # between the model and the checkpoint
@@ -265,6 +355,9 @@ def test_a_run_stopped_again_and_again_equals_one_without_a_break(folder, tmp_pa
             ("announcing", 1, "SIGKILL", [3])]:  # what is announced is saved
         arguments = ["--resume"] if together else []
         stopped = folder.run(*arguments, code=STOP.format(moment=moment, n=n, signal=sent))
+        if arguments:
+            saved = re.search(r"^Resuming after epoch (\d+), val = (\S+)$", stopped.stdout, re.M)
+            resumed.append((int(saved[1]), float(saved[2])))
         assert epochs(stopped.stdout) == shown, (moment, stopped.stderr)
         together += losses(stopped.stdout)
         if sent == "SIGINT":
@@ -279,8 +372,10 @@ def test_a_run_stopped_again_and_again_equals_one_without_a_break(folder, tmp_pa
     if ON_CPU:
         missing = losses(unbroken.stdout)[2:3]  # epoch 2, which was not announced
         assert sorted(together + missing) == losses(unbroken.stdout)
+        vals = [(n, val) for n, _, val in losses(unbroken.stdout)]
+        assert resumed == [vals[0], vals[0], vals[0], vals[1], vals[2]]
     assert_same_run(folder, whole)
-    assert len(diary(folder)) == 1 and "former.safetensors" not in folder.files()
+    assert len(run_log(folder)) == 1 and "former.safetensors" not in folder.files()
 
 
 @unix
@@ -308,14 +403,15 @@ def test_a_run_stopped_in_its_first_epoch_loses_nothing_and_is_not_confused(trai
 @unix
 def test_two_runs_in_one_folder(folder):
     """The first one is halted as it saves, until the second one is done."""
-    first = folder.start(code=STOP.format(moment="before saving", n=2, signal="SIGSTOP"))
-    os.waitpid(first.pid, os.WUNTRACED)
+    first = folder.start(STOP.format(moment="before saving", n=2, signal="SIGSTOP"))
+    _, status = os.waitpid(first.pid, os.WUNTRACED)
+    assert os.WIFSTOPPED(status)
     folder.edit(seed=1)
     second = folder.run()
     first.send_signal(signal.SIGCONT)
     output, error = first.communicate(timeout=60)
     assert (first.returncode, second.returncode) == (0, 0), error + second.stderr
-    assert epochs(output) == epochs(second.stdout) == [0, 1] and len(diary(folder)) == 2
+    assert epochs(output) == epochs(second.stdout) == [0, 1] and len(run_log(folder)) == 2
 
 
 def test_former_is_the_model_of_the_run_before(trained_here, tiny, command):
@@ -347,7 +443,7 @@ def test_resume_refuses_a_finished_run_another_text_and_a_lost_model(trained_her
     assert "model.safetensors" in refused(trained_here, command, "--resume")
 
 
-# A clock by which each training step takes so many seconds, but the first 1000, and all else none.
+# A fake clock: the first training step takes 1000 seconds, each later one so many, all else none.
 CLOCK = """
 import time, train
 now = 0
@@ -370,7 +466,7 @@ def steps_reported(output):
 
 
 def test_resume_with_more_epochs(folder):
-    """By a clock in which steps are slow, so that each is reported, even in a pipe."""
+    """With a clock that makes the steps so slow that each is reported, even in a pipe."""
     clock = CLOCK.format(seconds=30)
     first = steps_reported(folder.run(code=clock).stdout)
     steps = first[0][1] // 2  # in an epoch
@@ -387,9 +483,11 @@ def test_resume_with_more_epochs(folder):
     for step, total, minutes in first + second:
         assert abs(minutes - (total - step) / 2) < 0.06  # as if the first step had been like all
     assert len(folder.read("completions.txt")) == 30
-    one, two = diary(folder)
+    one, two = run_log(folder)
     assert abs(one["minutes"] - (1000 + (2 * steps - 1) * 30) / 60) < 0.06
     assert abs(two["minutes"] - 2 * one["minutes"]) < 0.11  # of all four epochs
+    rate = TINY["lr"] / total_steps(4)
+    assert last_rates(folder) == pytest.approx([rate, rate], rel=1e-4)
 
 
 def test_a_pipe_hears_of_progress_every_quarter_of_a_minute(folder):
@@ -400,13 +498,13 @@ def test_a_pipe_hears_of_progress_every_quarter_of_a_minute(folder):
     assert "\r" not in output
 
 
-# The diary
+# The run log
 
 
-def test_the_diary_compares_runs_on_the_same_text(trained_here, tiny, command):
+def test_the_run_log_compares_runs_on_the_same_text(trained_here, tiny, command):
     tiny(lr=2e-2, num_epochs=1)
     output, _ = command()
-    one, two = diary(trained_here)
+    one, two = run_log(trained_here)
     assert TINY.items() <= one["settings"].items()
     assert two["settings"] == {**one["settings"], "lr": 2e-2, "num_epochs": 1}
     last = output.splitlines()[-1]
@@ -415,7 +513,7 @@ def test_the_diary_compares_runs_on_the_same_text(trained_here, tiny, command):
 
     trained_here.write("input.txt", TEXT + TEXT[200:300])
     output, _ = command()
-    assert f"{two['best_val']:.4f}" not in output and len(diary(trained_here)) == 3
+    assert f"{two['best_val']:.4f}" not in output and len(run_log(trained_here)) == 3
 
     lines = trained_here.read("runs.jsonl")
     damaged = b'[1]\nnull\n{"checksum": 1}\n\xff\n' + lines[:60]  # and no newline at the end
@@ -430,7 +528,8 @@ def test_the_diary_compares_runs_on_the_same_text(trained_here, tiny, command):
     assert len(after.splitlines()) == 3 + 5 + 1
 
 
-def test_ctrl_c_during_the_final_text_leaves_a_diary_line(trained_here, tiny, command, monkeypatch):
+def test_ctrl_c_during_the_final_text_leaves_a_line_in_the_run_log(
+        trained_here, tiny, command, monkeypatch):
     before = trained_here.files()
 
     def generate(model, tokens, max_new_tokens, *arguments, real=train.generate):
@@ -441,7 +540,7 @@ def test_ctrl_c_during_the_final_text_leaves_a_diary_line(trained_here, tiny, co
     monkeypatch.setattr(train, "generate", generate)
     output, status = command()
     assert epochs(output) == [0, 1] and isinstance(status, str)
-    assert len(diary(trained_here)) == 2
+    assert len(run_log(trained_here)) == 2
     assert trained_here.read("completions.txt") == before["completions.txt"]
 
 
@@ -514,7 +613,7 @@ def test_files_that_cannot_be_used(trained_here, tiny, command, arguments, name)
     assert missing not in damaged and all(name in line for line in {missing, *damaged})
 
 
-def test_a_model_of_another_version_of_the_code(trained_here, command, monkeypatch):
+def test_files_of_another_version_of_the_code(trained_here, tiny, command, monkeypatch):
     @dataclass
     class OtherConfig(train.GPTConfig):
         bias: bool
@@ -528,6 +627,11 @@ def test_a_model_of_another_version_of_the_code(trained_here, command, monkeypat
         with monkeypatch.context() as patched:
             patched.setattr(train, name, other)
             assert "model.safetensors" in refused(trained_here, command, "--sample")
+    tiny(num_epochs=3)
+    for name, other in (("GPT", OtherGPT), ("make_optimizer", lambda _: optim.SGD(0.1))):
+        with monkeypatch.context() as patched:
+            patched.setattr(train, name, other)
+            assert "checkpoint.safetensors" in refused(trained_here, command, "--resume")
 
 
 @pytest.mark.parametrize("text, settings", [
@@ -542,22 +646,25 @@ def test_a_loss_that_diverges_is_noticed_within_200_steps(
     assert int(re.search(r"\d+", line)[0]) <= 200
 
 
+# Lets no file grow larger than that, as if the disk were full.
+SMALL_FILES = """
+import resource, signal, train
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size}))
+train.main()
+"""
+
+
 @unix
 def test_a_full_disk_keeps_the_last_good_files(trained):
-    import resource  # which Windows lacks
-
     before = trained.files()
     size = len(before["model.safetensors"]) + 1000  # the checkpoint is larger
-
-    def limit():
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-
     trained.edit(num_epochs=3)
-    full = trained.run("--resume", preexec_fn=limit)
+    full = trained.run("--resume", code=SMALL_FILES.format(size=size))
     assert full.returncode == 1 and epochs(full.stdout) == []
     assert full.stderr.count("\n") == 1 and "checkpoint.safetensors" in full.stderr
     assert trained.read("checkpoint.safetensors") == before["checkpoint.safetensors"]
+    assert not list(trained.path.glob("unfinished-*"))
     assert epochs(trained.run("--resume").stdout) == [2]
 
 
@@ -594,29 +701,57 @@ def test_sample(trained_here, tiny, command):
     assert command("--sample", long)[0].startswith(long)
     tiny(n_emb=32, n_heads=8, ctx_len=5, n_layers=9, dropout=0.5)  # those of the model count
     assert command("--sample", "7 sheep")[0] == first
-    tiny(max_new_tokens=25, temperature=0)
-    assert len(command("--sample", "7")[0]) == 1 + 25 + 1
     tiny(top_k=0)
     assert "top_k = 0" in refused(trained_here, command, "--sample", "7")
     assert trained_here.files() == files
 
 
+def test_sample_follows_temperature_and_top_k(trained_here, tiny, command):
+    tiny(max_new_tokens=11, temperature=0)  # with the prompt, as many as the context is long
+    weights = arrays(trained_here, "model.safetensors")
+    greedy = "7"
+    for _ in range(11):
+        logits = reference.forward(weights, encoded(greedy)[None], TINY["n_heads"])
+        greedy += VOCAB[logits[0, -1].argmax()]
+    assert command("--sample", "7")[0] == greedy + "\n"
+    tiny(temperature=0.8, top_k=1)
+    assert command("--sample", "7")[0] == greedy + "\n"
+    tiny(top_k=40)
+    assert command("--sample", "7")[0] != greedy + "\n"
+
+
+def assert_bars(row, shares):
+    """Whether a row of bars shows these numbers from 0 to 1."""
+    heights = [" ▁▂▃▄▅▆▇█".index(bar) for bar in row]
+    assert len(row) == len(shares)
+    assert all(abs(height - 8 * min(share, 1)) < 0.51
+               for height, share in zip(heights, shares, strict=True))
+
+
 def test_look(trained_here, tiny, command):
     tiny(dropout=0.5, n_layers=2, num_epochs=1)
     command()
-    tokenizer, model = train.CharTokenizer(TEXT), saved_model(trained_here)
+    weights = arrays(trained_here, "model.safetensors")
     for prompt in ("7", "7 sheep and ", TEXT[100:112]):
         output, status = command("--look", prompt)
-        assert status == 0 and command("--look", prompt)[0] == output  # without dropout
-        lines = output.splitlines()
-        assert lines[0].endswith(prompt)
-        column = len(lines[0]) - len(prompt)
-        heads = [line for line in lines if re.match(r"\D*\d\D*\d ", line[:column])]
-        assert len(heads) == 2 * 2 and all(len(head) == len(lines[0]) for head in heads)
-        p = mx.softmax(model(mx.array([tokenizer.encode(prompt)]))[0, -1])
-        best = mx.argmax(p).item()
-        line = next(line for line in lines if repr(tokenizer.vocab[best]) in line)
-        assert f"{p[best].item():.2f}" in line
+        assert status == 0
+        first, *lines = output.splitlines()
+        assert first.endswith(prompt)
+        column = len(first) - len(prompt)
+        tokens = encoded(prompt)
+        logits, attention = reference.forward_and_attention(weights, tokens[None], n_heads=2)
+        p = reference.softmax(logits[0])
+
+        if len(prompt) > 1:
+            surprise = -np.log(p[range(len(tokens) - 1), tokens[1:]]) / math.log(len(VOCAB))
+            assert lines[0][column] == " "  # nothing predicts the first one
+            assert_bars(lines.pop(0)[column + 1 :], surprise)
+        for row, head in zip(lines[:4], attention, strict=True):
+            assert_bars(row[column:], head[0, -1])
+        best = np.argsort(-p[-1])[:8]
+        for row, token in zip(lines[4:], best, strict=True):
+            assert repr(VOCAB[token]) in row[:column]
+            assert re.search(r"\d\.\d\d", row[column:])[0] == f"{p[-1, token]:.2f}"
 
 
 @pytest.mark.parametrize("arguments, words", [
@@ -646,7 +781,7 @@ def test_a_pipe_whose_reader_has_left(trained, arguments):
     assert result.returncode != 0 and result.stderr == ""
 
 
-def test_control_characters_in_a_terminal_of_few_characters(folder):
+def test_control_characters_and_a_pipe_of_few_characters(folder):
     alphabet = "".join(map(chr, range(32, 127)))
     folder.write("input.txt", alphabet + "\x1b\x07a\n" * 300)
     environment = {**folder.command()["env"], "PYTHONIOENCODING": "ascii"}
@@ -665,9 +800,9 @@ def in_terminal(folder, width, code):
     fcntl, pty, termios = map(pytest.importorskip, ("fcntl", "pty", "termios"))
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, width, 0, 0))
-    environment = {**folder.command()["env"]}
+    environment = folder.command()["env"]
     environment.pop("COLUMNS", None)  # which would count for more
-    process = folder.start(code=code, stdin=theirs, stdout=theirs, stderr=theirs, env=environment)
+    process = folder.start(code, stdin=theirs, stdout=theirs, stderr=theirs, env=environment)
     os.close(theirs)
     end = threading.Timer(60, process.kill)
     end.start()
@@ -696,5 +831,5 @@ def test_progress_takes_one_row_of_a_terminal(folder, width):
     assert all(len(part) < width for part in passing)
     assert epochs("\n".join(row[-1] for row in rows)) == [0, 1]
     for row in rows:
-        for i in range(1, len(row) - 1):  # of what was there before, nothing can be seen
-            assert row[i - 1][len(row[i]) :].strip() == "", row
+        for old, new in itertools.pairwise(row):  # nothing is left of what was there before
+            assert old[len(new) :].strip() == "", row
