@@ -18,13 +18,13 @@ can use the GPU, the graphics processor of a Mac.
 Sections 1 to 10 are the lesson. Read them from the top: each builds on what comes before it. (Where
 something comes early, such as the cache, a comment names the section that explains it.) Then change
 something, run it again, and compare the validation loss: how badly the model predicts text that was
-held out from training.
-Lower is better. A model that guesses uniformly gets 4.17. On the shipped input.txt the small model,
-for machines without a GPU, gets 1.54, and the default model 1.25.
+held out from training. Lower is better. A model that guesses uniformly gets 4.17. On the shipped
+input.txt the small model, for machines without a GPU, gets 1.54, and the default model 1.25.
 
 First things to try: another `temperature` (section 1), `n_heads = 1`, your own text in input.txt.
 """
 
+# For uv, a tool that installs what a script needs:
 # /// script
 # requires-python = ">=3.10"
 # dependencies = ["numpy>=1.26.4", "mlx>=0.32.4", "mlx[cpu]>=0.32.4; sys_platform == 'linux'",
@@ -217,16 +217,17 @@ def count_batches(tokens, ctx_len, batch_size):
 #     loss     0       1.5      4.17      6.9
 #
 # Why a logarithm? The probability of a whole text is the product of the probabilities of its
-# tokens, each given those before it. A logarithm turns the product into a sum: the lower the sum of
-# the losses, the more likely the model finds the text. The mean loss per token is the
-# *cross-entropy*, in nats (for natural logarithm). exp(loss) is the *perplexity*: at a loss of 1.5
-# the model is as unsure as if it chose among exp(1.5) = 4.5 equally likely characters.
+# tokens, each given those before it: if "F" has 1/2, and "i" after "F" has 1/4, then "Fi" has 1/8.
+# A logarithm turns the product into a sum: the lower the sum of the losses, the more likely the
+# model finds the text. The mean loss per token is the *cross-entropy*, in nats (for natural
+# logarithm). exp(loss) is the *perplexity*: at a loss of 1.5 the model is as unsure as if it chose
+# among exp(1.5) = 4.5 equally likely characters.
 #
 # What is a good loss? Uniform guessing among 65 characters gives ln 65 = 4.17. The classic baseline
 # is an *n-gram model*, which counts what followed each string of n - 1 characters in the training
 # set. If "e" followed "th" 60 times out of 100, then p is about 0.6 for an "e" after "th". What it
-# has never seen would have p = 0 and an infinite loss, so *smoothing* takes a little from every
-# count and gives it to what shorter strings predict. (The table uses modified Kneser-Ney.)
+# has never seen would have p = 0 and an infinite loss, so *smoothing* moves a little probability
+# from what was seen to what shorter strings predict. (The table uses modified Kneser-Ney.)
 #
 #     n        1       2       3       4       5       6       7
 #     loss     3.24    2.36    1.83    1.51    1.38    1.34    1.33
@@ -238,8 +239,8 @@ def count_batches(tokens, ctx_len, batch_size):
 def loss_fn(model, x, y):
     """The mean cross-entropy, a scalar array, in nats per token. x and y are (B, T).
 
-    evaluate(), in section 9, reports it, too. So if you add something to it that is meant for
-    training only, give evaluate() a copy of the old one.
+    evaluate() in section 9 uses this function, too. If you add a term meant only for training,
+    keep a copy without it for evaluate().
     """
     logits = model(x)  # (B, T, V)
     return nn.losses.cross_entropy(logits, y, reduction="mean")  # softmax, -ln p, mean
@@ -250,7 +251,7 @@ def loss_fn(model, x, y):
 # of "a" is p = exp(w) / (exp(w) + 1). In the training text 3 of 4 letters are "a". Then the loss is
 # -(3/4) ln p - (1/4) ln(1 - p).
 #
-# Which way should w go? At w = 0 the loss is 0.6931. Raise w by 0.001, and the loss changes by
+# Which way should w go? At w = 0 the loss is 0.6931. If we raise w by 0.001, the loss changes by
 # -0.00025. The ratio -0.00025 / 0.001 = -0.25 is the slope, or *gradient*: how fast the loss grows
 # as w grows. It is negative, so we raise w. *Gradient descent* moves w a little against its
 # gradient, again and again. With w = w - 2 * gradient, where 2 is the *learning rate*,
@@ -265,8 +266,9 @@ def loss_fn(model, x, y):
 # the goal, and the loss there is 1.26, worse than at the start.
 #
 # A real model has far too many parameters to nudge one by one. *Backpropagation* finds all
-# gradients in one pass, backward from the loss. Each operation has a known rule for its own slope,
-# such as 2 * x for x * x, and by the *chain rule* slopes multiply.
+# gradients in one pass, backward from the loss. (Computing the loss is the *forward pass*, and this
+# is the *backward pass*.) Each operation has a known rule for its own slope, such as 2 * x for
+# x * x, and by the *chain rule* slopes multiply.
 #
 #         slope 3       slope -2
 #     w ----------> z ----------> loss          gradient for w: 3 * -2 = -6
@@ -280,7 +282,7 @@ def loss_fn(model, x, y):
 # From here on we build the model. We pass its sizes to all its parts in one object.
 
 
-@dataclass
+@dataclass  # writes __init__ for us
 class GPTConfig:
     """The sizes of a model, and its dropout."""
 
@@ -295,8 +297,8 @@ class GPTConfig:
 # Inside the model each position has a vector of n_emb numbers, which at first stands for its own
 # character only (section 8). To predict what comes next, it needs information from the positions
 # before it. The simplest way to get it is to average their vectors. Here are the *attention
-# weights*, the shares in the average, for three positions. Each row belongs to the position that
-# looks, and each column to one that it looks at:
+# weights*, the shares in the average, for three positions. (They are not parameters.) Each row
+# belongs to the position that looks, and each column to one that it looks at:
 #
 #     1    0    0          = softmax(0, -inf, -inf)
 #     1/2  1/2  0          = softmax(0,    0, -inf)
@@ -307,19 +309,20 @@ class GPTConfig:
 # which holds the very answer we ask for. A model that saw it would learn to copy, but during
 # generation there is nothing on the right to copy.
 #
-# *Self-attention* keeps the mask and computes the other scores from the vectors themselves. A
-# *matrix*, a table of numbers, turns a vector into a new one, each of whose numbers is a weighted
-# sum of the old ones. Three learned matrices turn each vector into three shorter ones, of head_size
-# numbers:
+# *Self-attention* keeps the mask and computes the other scores from the vectors themselves, by two
+# operations. The *dot product* of two vectors is the sum of the products of their entries: (1, 2)
+# and (3, 4) give 1 * 3 + 2 * 4 = 11. It is large if the two point the same way. The product x @ M
+# of a vector and a *matrix*, a table of numbers, is a new vector: the dot products of x with each
+# column of M. If x is a matrix itself, this is done with each of its rows. Three matrices of
+# parameters turn each vector into three shorter ones, of head_size numbers:
 #
 #     *query*    what I am looking for           *key*      what others can find me by
 #     *value*    what I pass on to those who find me
 #
-# The score of one position for another is the *dot product* of its query and the other's key:
-# multiply entry by entry and add. So (1, 2) and (3, 4) give 1 * 3 + 2 * 4 = 11. It is large when
-# the two point the same way. The product of two matrices, a @ b, holds the dot product of each row
-# of a with each column of b. So q @ k.mT computes all scores at once (.mT turns rows into columns).
-# Softmax turns each row of scores into attention weights, and weights @ v averages the values.
+# The score of one position for another is the dot product of its query and the other's key. So
+# q @ k.mT computes all scores at once (.mT turns rows into columns). They are divided by
+# sqrt(head_size), for a reason given below. Softmax turns each row of scores into attention
+# weights, and weights @ v averages the values.
 
 
 def attention_weights(q, k):
@@ -359,10 +362,10 @@ def attention_weights(q, k):
 # Why are the scores divided by sqrt(head_size), or *scaled*? The *variance* of numbers with mean 0
 # is the mean of their squares. Its square root, the *standard deviation*, says how large they
 # typically are. Suppose the entries of queries and keys are independent, with mean 0 and variance
-# 1. Then each product in a score has variance 1, too, and the variances add up (two facts of
-# statistics). So a score has variance head_size, and is typically sqrt(head_size) away from 0. If
-# one score is that large and another is 0, the first takes nearly all of the weight (softmax
-# *saturates*):
+# 1. Then each product in a score has variance 1, too, and the variances of independent numbers add
+# up (two facts of statistics). A score is a sum of head_size products, so it has variance
+# head_size, and is typically sqrt(head_size) away from 0. If one score is that large and another is
+# 0, the first takes nearly all of the weight (softmax *saturates*):
 #
 #     head_size              1        8        32       128
 #     sqrt(head_size)        1        2.83     5.66     11.31
@@ -370,14 +373,15 @@ def attention_weights(q, k):
 #
 # At 1.000 a nudge to any score changes next to nothing. With hardly any gradient, queries and keys
 # hardly learn. With scores divided by the root, we get 0.731 for any head_size. That is the general
-# argument. Our weights start so small (section 8) that even undivided scores are typically about
-# 0.3 at first in the default model, and 0.06 in the small one. So you may find no difference.
+# argument. Our weights start so small (section 8) that even undivided scores are typically well
+# below 1 at first, and you may find no difference.
 #
 # All this together is an attention *head*. It makes one average, so it can look for one kind of
 # thing. We want n_heads of them, which look for several kinds. Each gets head_size = n_emb /
 # n_heads numbers. Their outputs are *concatenated*, which gives n_emb numbers again.
 #
-# One matrix computes the queries of all heads at once, (B, T, n_emb). Then they are split by head.
+# In the code the matrices of all heads stand side by side in one. So it computes the queries of all
+# heads at once, an array of shape (B, T, n_emb), which is then split by head.
 # The @ operator works on the last two axes and is repeated over all axes before them. So heads must
 # come before positions:
 #
@@ -405,7 +409,7 @@ class MultiHeadAttention(nn.Module):
         self.v_proj = nn.Linear(config.n_emb, config.n_emb)
         self.c_proj = nn.Linear(config.n_emb, config.n_emb)  # projection: mixes what heads found
         # (The bias of k_proj has no effect. It adds the same number, the dot product of query and
-        # bias, to all scores in a row, and softmax ignores that. GPT-2 has it anyway.)
+        # bias, to all scores in a row, which leaves softmax unchanged. GPT-2 has it anyway.)
         #
         # *Dropout* sets a random fraction of its input to 0 and scales up the rest to make up for
         # it. Then no part of the model can rely on any single number, which makes memorizing
@@ -416,8 +420,8 @@ class MultiHeadAttention(nn.Module):
     def split_heads(self, x):
         """(B, T, n_emb) to (B, n_heads, T, head_size).
 
-        The transpose at the end matters. Here four positions have two numbers each, for two heads.
-        Each row that is printed belongs to a head.
+        The transpose at the end matters: it puts the axes into the given order. Here four positions
+        have two numbers each, for two heads of size 1. Each row that is printed belongs to a head.
 
         >>> x = np.arange(8).reshape(4, 2)  # the positions have (0, 1), (2, 3), (4, 5), (6, 7)
         >>> print(x.reshape(4, 2, 1).transpose(1, 0, 2)[:, :, 0])  # right: a part of each position
@@ -436,7 +440,7 @@ class MultiHeadAttention(nn.Module):
         k = self.split_heads(self.k_proj(x))  # (B, n_heads, T, head_size)
         v = self.split_heads(self.v_proj(x))  # (B, n_heads, T, head_size)
         # (If you try rotary position embeddings, RoPE: rotate q and k here, by their positions. The
-        # first one is cache.offset, or 0 without a cache. update_and_fetch advances the offset.)
+        # first position is cache.offset, or 0 without a cache. update_and_fetch advances it.)
         if cache is not None:  # only in section 10: keys and values of earlier positions
             k, v = cache.update_and_fetch(k, v)  # (B, n_heads, S, head_size)
         weights = attention_weights(q, k)  # (B, n_heads, T, S)
@@ -451,9 +455,10 @@ class MultiHeadAttention(nn.Module):
 # Attention moves information between positions. Then the *MLP* (multilayer perceptron, also called
 # a feed-forward network) works on what has arrived, at each position by itself. It is two linear
 # layers (nn.Linear) with an *activation function* between them, one whose graph is not a straight
-# line. Without it the two could do no more than one, as (x @ M) @ N = x @ (M @ N). Many functions
-# would do. The simplest, max(0, x), is called *ReLU*. GPT-2 uses *GELU*, which is smooth: x times
-# the probability that a standard normal random number (bell curve, mean 0, variance 1) is below x.
+# line. Without it the two could do no more than one: (x @ M) @ N = x @ (M @ N), and M @ N is just
+# another matrix. Many functions would do. The simplest, max(0, x), is called *ReLU*. GPT-2 uses
+# *GELU*, which is smooth: x times the probability that a standard normal random number (bell curve,
+# mean 0, variance 1) is below x.
 # (Hendrycks and Gimpel, Gaussian Error Linear Units, 2016)
 #
 #     x           -3       -0.75    0        1        3
@@ -536,9 +541,9 @@ class Block(nn.Module):
 #
 # After the blocks come a last LayerNorm, ln_f ("final"), and the *output head* (not to be confused
 # with attention heads), which makes the logits. The logit of a token is the dot product of the
-# position's vector with that token's row of wte. Using one table at both ends saves parameters and
-# works well (*weight tying*; Press and Wolf, Using the Output Embedding to Improve Language Models,
-# 2016).
+# position's vector with that token's row of wte: a vector that resembles the row predicts the
+# token. Using one table at both ends saves parameters and works well (*weight tying*; Press and
+# Wolf, Using the Output Embedding to Improve Language Models, 2016).
 #
 # The matrices start out random. If all their entries were equal, the numbers that a layer makes
 # would also be equal, get equal gradients, and stay equal: many numbers doing the work of one. The
@@ -575,7 +580,8 @@ class GPT(nn.Module):
         std = 0.02  # GPT-2's standard deviation (but OpenAI's code has 0.01 for wpe)
         if name.endswith("c_proj.weight"):
             # Each block adds the outputs of two c_proj layers to the residual stream. A sum of N
-            # independent numbers is typically sqrt(N) times as large as each. This makes up for it.
+            # independent numbers is typically sqrt(N) times as large as each. Dividing by sqrt(N)
+            # makes up for it.
             std = 0.02 / math.sqrt(2 * self.config.n_layers)
         return mx.random.normal(weight.shape, scale=std)
 
@@ -601,7 +607,7 @@ class GPT(nn.Module):
 #
 #     wte          65 x 128                                    8,320
 #     wpe         128 x 128                                   16,384
-#     a block     ln_1 and ln_2                  512
+#     a block     ln_1 and ln_2                  512                       4 x 128
 #                 mha: q, k, v            3 x 16,512                       128 x 128 + 128 each
 #                      c_proj                 16,512
 #                 mlp: c_fc                   66,048
@@ -642,8 +648,8 @@ def count_parameters(model):
 #     w = w - lr * m / sqrt(v)
 #
 # sqrt(v) is the typical size of g, so dividing by it cancels the size. As long as g stays the same,
-# be it 0.001 or 10, m / sqrt(v) is 1, and w moves by lr. If g alternates between 1 and -1, the
-# terms of m mostly cancel while v stays 1, and the ratio is only 0.05. With random signs it is
+# whether it is 0.001 or 10, m / sqrt(v) is 1, and w moves by lr. If g alternates between 1 and -1,
+# the terms of m mostly cancel while v stays 1, and the ratio is only 0.05. With random signs it is
 # typically 0.23. So a parameter on which the batches disagree moves little. (m and v start at 0, so
 # they are too small at first. *Bias correction* scales them up. A tiny number added to sqrt(v)
 # avoids division by 0.)
@@ -662,13 +668,15 @@ def make_optimizer(total_steps):
         0        /          `-.
                  0  warmup     total_steps
 
-    Early on, m and v come from only a few noisy gradients. Without warmup, every parameter would
-    move by the full lr in a mostly random direction. At the end a constant rate would keep the
-    parameters jumping around the goal, since m / sqrt(v) does not shrink with the gradients.
+    Early on, m and v come from only a few noisy gradients. In the first step m / sqrt(v) is 1 or
+    -1, however small g is. Without warmup, every parameter would move by the full lr in a mostly
+    random direction. At the end a constant rate would keep the parameters jumping around the goal,
+    since m / sqrt(v) does not shrink with the gradients.
     """
 
-    # If you try another schedule: step is an unsigned mx.array, so step - 100 would wrap around
-    # below 0. The result must be an mx.array, too. For half a cosine wave:
+    # AdamW calls this in each step. If you try another schedule: step is an unsigned mx.array, so
+    # step - 100 would wrap around below 0. The result must be an mx.array, too. For half a cosine
+    # wave:
     #     fall = (1 + mx.cos(math.pi * step / total_steps)) / 2
     # For a constant rate after the warmup: return lr * mx.minimum(rise, 1)
     def learning_rate(step):
@@ -698,16 +706,16 @@ def make_optimizer(total_steps):
 # *Automatic differentiation*. nn.value_and_grad turns loss_fn into a function that returns the loss
 # and its gradients by backpropagation, in a tree like that of model.parameters().
 #
-# *Compilation*. mx.compile *traces* a function: it runs the Python code once for all inputs of the
-# same shapes and types, records the operations, and from then on replays the recording. That is
+# *Compilation*. mx.compile *traces* a function: it runs the Python code when it first gets inputs
+# of such shapes and types, records the operations, and from then on replays the recording. That is
 # faster: Python has nothing to do, and small operations are merged. So, inside step,
 #
 #     print("hello")                 prints only while it is recorded
 #     print(loss.item())             fails: while it is recorded, there is no value
 #     max_norm, changed later        keeps its old value
 #     dropout                        stays on if it was on in the first call
-#     parameters, m, v, step count,  do change: they are
-#     learning rate, randomness      in the list `state` below
+#     parameters, m, v, step count   do change: they are in the list `state` below
+#     learning rate, randomness      do change, for the same reason
 #
 # While you experiment with step, return it uncompiled: `return step`. If it fails while it is
 # recorded, some parameters may no longer hold numbers. Then start Python again.
@@ -724,12 +732,14 @@ def make_step(model, optimizer, loss_fn):
         loss, grads = loss_and_grad(model, x, y)
         grads = nn.average_gradients(grads)  # over several processes, if there are any (section 13)
         # *Gradient clipping*: if all gradients together, as one vector, are longer than max_norm,
-        # they are scaled down to it. Otherwise m and v would long remember one odd batch.
+        # they are scaled down to it. Otherwise one odd batch would linger in m and v.
         grads, _ = optim.clip_grad_norm(grads, max_norm)
         optimizer.update(model, grads)
         return loss
 
-    state = [model.state, optimizer.state, mx.random.state]  # what step reads and changes
+    # What step reads and changes, besides x and y. In each call the compiled step takes the current
+    # values from here, and puts the new ones back.
+    state = [model.state, optimizer.state, mx.random.state]
     return mx.compile(step, inputs=state, outputs=state)
 
 
@@ -769,8 +779,8 @@ def evaluate(model, tokens, loss_fn):
 #         tokens.append(sample(logits[0, -1]))  # the last position predicts what comes next
 #
 # How do we choose the token? If we always take the most likely one (*greedy decoding*), the text
-# soon repeats itself. So we draw one at random, with the model's probabilities. We first divide the
-# logits by a *temperature*: below 1 it makes the choice more cautious, above 1 bolder.
+# soon starts repeating itself. So we draw one at random, with the model's probabilities. We first
+# divide the logits by a *temperature*: below 1 it makes the choice more cautious, above 1 bolder.
 #
 #     logits             2      1      0
 #     temperature 0.5    0.87   0.12   0.02
@@ -798,7 +808,7 @@ def sample(logits, temperature=1.0, top_k=None):
 # causal mask, a new token cannot affect earlier positions: their vectors, keys, and values stay the
 # same in every block. So we store the keys and values, in a *KV cache* (key/value cache), and run
 # only the new token through the model. Its query meets all S stored keys. Old queries are not
-# needed again: what they found is known.
+# needed again: what they found has already gone into the keys and values of the later blocks.
 #
 #     what goes through the model     without a cache     with a cache
 #     first, the prompt "To be"       T o _ b e           T o _ b e
@@ -898,7 +908,7 @@ def check_settings():
     settings = {}
     for name, (kind, smallest, below) in LIMITS.items():
         value = globals()[name]  # the variable of that name
-        allowed = (int,) if kind is int else (int, float)
+        allowed = (int,) if kind is int else (int, float)  # not True, which isinstance would allow
         if type(value) not in allowed or not smallest <= value < below:
             raise UserError(f"{name} = {value!r} must be of type {kind.__name__}, "
                             f"at least {smallest} and below {below}")
@@ -1177,14 +1187,15 @@ def choose_loss_fn():
 def join_processes(settings, checksum, history):
     """The rank of this process, and how many processes there are: without mlx.launch, 0 and 1.
 
-    Raises UserError if they differ in their settings, their text, or the run they resume.
+    history has the losses of the epochs so far, if a run is resumed. Raises UserError if they
+    differ in their settings, their text, or that run.
     """
     world = mx.distributed.init()  # the group of all processes
     # To compare what they are about to do, it is enough for each to send a checksum of it to all.
     plan = json.dumps([settings, checksum, history])
     ours = mx.array([zlib.crc32(plan.encode())], dtype=mx.uint32)  # (1,)
-    everyones = mx.distributed.all_gather(ours)  # (processes,)
-    if mx.any(everyones != ours):
+    all_checksums = mx.distributed.all_gather(ours)  # (processes,)
+    if mx.any(all_checksums != ours):
         raise UserError(f"the processes differ in their settings, input.txt, or {CHECKPOINT}")
     if batch_size % world.size() != 0:
         raise UserError(f"{world.size()} processes cannot share batch_size = {batch_size} rows")
@@ -1323,7 +1334,7 @@ def resume_run(model, optimizer, settings, checksum):
     ours = {"model": model.parameters(), "optimizer": optimizer.state}
     check_match(CHECKPOINT, saved, ours)
     model.update(saved["model"])
-    optimizer.state = saved["optimizer"]  # a new dict: make_step must be called after this
+    optimizer.state = saved["optimizer"]  # a new dict. Call make_step after this, to pick it up
     last_epoch = len(notes["history"]) - 1
     print(f"Resuming after epoch {last_epoch}, val = {notes['history'][-1]['val']:.4f}")
     old_epochs = notes["settings"]["num_epochs"]
@@ -1419,7 +1430,8 @@ def train(resume=False):
         mx.random.seed(int(rng.integers(2**31)) + rank)  # for dropout, different in each process
         model.train()
         for x, y in get_batches(train_tokens, ctx_len, batch_size, rng):
-            x = x[rank::processes]  # this process's share of the rows: all of them, if it is alone
+            # This process's share: every `processes`-th row from `rank` on, so all, if it is alone.
+            x = x[rank::processes]
             y = y[rank::processes]
             loss = step(x, y)
             # Start to compute, and meanwhile prepare the next batch. (mx.eval would wait.)
