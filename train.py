@@ -19,9 +19,10 @@ Sections 1 to 10 are the lesson. Read them from the top: each builds on what com
 something comes early, such as the cache, a comment names the section that explains it.) Then change
 something, run it again, and compare the validation loss: how badly the model predicts text that was
 held out from training. Lower is better. A model that guesses uniformly gets 4.17. On the shipped
-input.txt the small model, for machines without a GPU, gets 1.54, and the default model 1.25.
+input.txt, the small model, for machines without a GPU, gets 1.54, and the default model 1.25.
 
-First things to try: another `temperature` (section 1), `n_heads = 1`, your own text in input.txt.
+First things to try: `n_heads = 1`, your own text in input.txt, and, without training again, another
+`temperature` with --sample. The README has more experiments.
 """
 
 # For uv, a tool that installs what a script needs:
@@ -91,8 +92,8 @@ top_k = 40  # sample only from the k most likely characters; try 5, or 1000 for 
 # %% 2. Data
 #
 # All our data is one text file. The model learns from the first nine tenths of it, the *training
-# set*. The last tenth, the *validation set*, is held out. Only on text that it has never seen can
-# the model show whether it learned the language (*generalization*) or merely memorized the text
+# set*. The last tenth, the *validation set*, is held out. Text that it has never seen shows whether
+# the model learned the language (*generalization*) or merely memorized its training text
 # (*overfitting*).
 
 
@@ -173,9 +174,9 @@ def get_batches(tokens, ctx_len, batch_size, rng=None):
     """Yields (x, y), both (B, T) with T = ctx_len, where y holds the token after each one in x.
 
     tokens is a NumPy array of ints. For training, pass rng, a NumPy random generator: rows are cut
-    and ordered at random, and rows that do not fill a batch are left out. For measuring, leave out
-    rng: all rows come in order, and the last batch may be smaller. Tokens at the end that do not
-    fill a row are left out.
+    and ordered at random, and rows that do not fill a batch are left out. For measuring, omit rng:
+    all rows come in order, and the last batch may be smaller. Tokens at the end that do not fill a
+    row are dropped.
 
     >>> for x, y in get_batches(np.arange(10, 20), ctx_len=4, batch_size=2):
     ...     print(np.array(x))
@@ -217,23 +218,22 @@ def count_batches(tokens, ctx_len, batch_size):
 #     loss     0       1.5      4.17      6.9
 #
 # Why a logarithm? The probability of a whole text is the product of the probabilities of its
-# tokens, each given those before it: if "F" has 1/2, and "i" after "F" has 1/4, then "Fi" has 1/8.
-# A logarithm turns the product into a sum: the lower the sum of the losses, the more likely the
-# model finds the text. The mean loss per token is the *cross-entropy*, in nats (for natural
-# logarithm). exp(loss) is the *perplexity*: at a loss of 1.5 the model is as unsure as if it chose
-# among exp(1.5) = 4.5 equally likely characters.
+# tokens, each given those before it: if "F" has probability 1/2, and "i" after it 1/4, then "Fi"
+# has 1/8. A logarithm turns the product into a sum: the lower the sum of the losses, the more
+# likely the model finds the text. The mean loss per token is the *cross-entropy*, in nats (for
+# natural logarithm). exp(loss) is the *perplexity*: at a loss of 1.5 the model is as unsure as if
+# it chose among exp(1.5) = 4.5 equally likely characters.
 #
 # What is a good loss? Uniform guessing among 65 characters gives ln 65 = 4.17. The classic baseline
 # is an *n-gram model*, which counts what followed each string of n - 1 characters in the training
-# set. If "e" followed "th" 60 times out of 100, then p is about 0.6 for an "e" after "th". What it
-# has never seen would have p = 0 and an infinite loss, so *smoothing* moves a little probability
-# from what was seen to what shorter strings predict. (The table uses modified Kneser-Ney.)
+# set. If "e" followed "th" 60 times out of 100, then p is about 0.6 for an "e" after "th". A
+# character that it never saw there would have p = 0 and an infinite loss, so *smoothing* moves a
+# little probability from what was seen to what shorter strings predict. On the shipped text:
 #
 #     n        1       2       3       4       5       6       7
 #     loss     3.24    2.36    1.83    1.51    1.38    1.34    1.33
 #
-# These are losses on the shipped text. The small model will come close to n = 4, and the default
-# model will beat all of them.
+# The small model will come close to n = 4, and the default model will beat all of them.
 
 
 def loss_fn(model, x, y):
@@ -248,8 +248,8 @@ def loss_fn(model, x, y):
 
 # To *learn* is to change the parameters so that the loss falls. Take a model with one parameter, w,
 # for a language of two letters. The logit of "a" is w and the logit of "b" is 0, so the probability
-# of "a" is p = exp(w) / (exp(w) + 1). In the training text 3 of 4 letters are "a". Then the loss is
-# -(3/4) ln p - (1/4) ln(1 - p).
+# of "a" is p = exp(w) / (exp(w) + 1). In the training text, 3 of 4 letters are "a". Then the loss
+# is -(3/4) ln p - (1/4) ln(1 - p).
 #
 # Which way should w go? At w = 0 the loss is 0.6931. If we raise w by 0.001, the loss changes by
 # -0.00025. The ratio -0.00025 / 0.001 = -0.25 is the slope, or *gradient*: how fast the loss grows
@@ -261,9 +261,9 @@ def loss_fn(model, x, y):
 #     loss        0.6931   0.5991   0.5740   0.5664   ...   0.5623
 #     gradient   -0.25    -0.128   -0.070   -0.040    ...   0
 #
-# It ends where p is the true share, 3/4. The loss is not 0 there, and it cannot be: which letter
-# comes next is partly chance. With a learning rate of 20 the first step leads to w = 5, far past
-# the goal, and the loss there is 1.26, worse than at the start.
+# w settles where p is 3/4, the true share of "a". The loss cannot reach 0: which letter comes next
+# is partly chance. With a learning rate of 20, the first step overshoots to w = 5, and the loss
+# there is 1.26, worse than at the start.
 #
 # A real model has far too many parameters to nudge one by one. *Backpropagation* finds all
 # gradients in one pass, backward from the loss. (Computing the loss is the *forward pass*, and this
@@ -294,20 +294,21 @@ class GPTConfig:
     dropout: float
 
 
-# Inside the model each position has a vector of n_emb numbers, which at first stands for its own
-# character only (section 8). To predict what comes next, it needs information from the positions
-# before it. The simplest way to get it is to average their vectors. Here are the *attention
-# weights*, the shares in the average, for three positions. (They are not parameters.) Each row
-# belongs to the position that looks, and each column to one that it looks at:
+# Inside the model, each position has a *vector*, a list of n_emb numbers. At first it describes
+# only this position's own character and place (section 8). To predict what comes next, a position
+# needs information from those before it. The simplest way to get it is to average their vectors
+# with its own. Here are the *attention weights*, the shares in the average, for three positions.
+# (They are not parameters.) Each row belongs to the position that looks, and each column to one
+# that it looks at:
 #
 #     1    0    0          = softmax(0, -inf, -inf)
 #     1/2  1/2  0          = softmax(0,    0, -inf)
 #     1/3  1/3  1/3        = softmax(0,    0,    0)
 #
-# What goes into softmax here are called *scores*. Equal scores get equal weights, and a score of
-# -inf gets no weight, as exp(-inf) = 0. The -infs form the *causal mask*. It hides the future,
-# which holds the very answer we ask for. A model that saw it would learn to copy, but during
-# generation there is nothing on the right to copy.
+# The numbers that go into softmax here are called *scores*. Equal scores get equal weights, and a
+# score of -inf gets no weight, because exp(-inf) = 0. The -infs form the *causal mask*. It hides
+# the future, which holds the very answer we ask for. A model that saw it would learn to copy, but
+# during generation there is nothing on the right to copy.
 #
 # *Self-attention* keeps the mask and computes the other scores from the vectors themselves, by two
 # operations. The *dot product* of two vectors is the sum of the products of their entries: (1, 2)
@@ -330,7 +331,7 @@ def attention_weights(q, k):
 
     q is (..., T, head_size), k is (..., S, head_size), and the result is (..., T, S), with a row
     for each query and a column for each key. Each row sums to 1. The dots stand for any leading
-    axes. In training T = S. In section 10 the T queries belong to the last T of S positions.
+    axes. In training, T = S. In section 10, the T queries belong to the last T of S positions.
     (Vaswani et al., Attention Is All You Need, 2017, equation 1)
 
     >>> q = mx.array([[1.0, 0.0], [3.0, 0.0], [0.0, 3.0]])  # T = 3 positions, head_size = 2
@@ -359,33 +360,26 @@ def attention_weights(q, k):
     return mx.softmax(scores, axis=-1)  # along each row
 
 
-# Why are the scores divided by sqrt(head_size), or *scaled*? The *variance* of numbers with mean 0
-# is the mean of their squares. Its square root, the *standard deviation*, says how large they
-# typically are. Suppose the entries of queries and keys are independent, with mean 0 and variance
-# 1. Then each product in a score has variance 1, too, and the variances of independent numbers add
-# up (two facts of statistics). A score is a sum of head_size products, so it has variance
-# head_size, and is typically sqrt(head_size) away from 0. If one score is that large and another is
-# 0, the first takes nearly all of the weight (softmax *saturates*):
+# Why are the scores *scaled*, that is, divided by sqrt(head_size)? The *variance* of numbers with
+# mean 0 is the mean of their squares. Its square root, the *standard deviation*, says how large
+# they typically are. Suppose the entries of queries and keys are independent, with mean 0 and
+# variance 1. Then each product in a score has variance 1, too, and the variances of independent
+# numbers add up (two facts of statistics). A score is a sum of head_size products, so it has
+# variance head_size, and is typically sqrt(head_size) away from 0. If one score is that large and
+# another is 0, the first takes nearly all of the weight (softmax *saturates*):
 #
 #     head_size              1        8        32       128
 #     sqrt(head_size)        1        2.83     5.66     11.31
 #     softmax(that, 0)[0]    0.731    0.944    0.997    1.000
 #
 # At 1.000 a nudge to any score changes next to nothing. With hardly any gradient, queries and keys
-# hardly learn. With scores divided by the root, we get 0.731 for any head_size. That is the general
-# argument. Our weights start so small (section 8) that even undivided scores are typically well
-# below 1 at first, and you may find no difference.
+# hardly learn. With scores divided by the root, we get 0.731 for any head_size. (Experiment 9 in
+# the README leaves the root out.)
 #
-# All this together is an attention *head*. It makes one average, so it can look for one kind of
-# thing. We want n_heads of them, which look for several kinds. Each gets head_size = n_emb /
-# n_heads numbers. Their outputs are *concatenated*, which gives n_emb numbers again.
-#
-# In the code the matrices of all heads stand side by side in one. So it computes the queries of all
-# heads at once, an array of shape (B, T, n_emb), which is then split by head.
-# The @ operator works on the last two axes and is repeated over all axes before them. So heads must
-# come before positions:
-#
-#     (B, n_heads, T, head_size) @ (B, n_heads, head_size, T) = (B, n_heads, T, T)
+# All this together is an attention *head*. It makes one average for each position, so it can look
+# for one kind of thing. We want n_heads of them, to look for several kinds. Each head reads the
+# whole vector, but its queries, keys, and values have only head_size = n_emb / n_heads numbers. The
+# heads' outputs are *concatenated*, which gives n_emb numbers again.
 #
 # In MLX, a part of a model is a class derived from nn.Module, and calling the object runs its
 # __call__ method.
@@ -394,9 +388,16 @@ def attention_weights(q, k):
 class MultiHeadAttention(nn.Module):
     """Causal multi-head self-attention: (B, T, n_emb) to (B, T, n_emb).
 
-    MLX also has it as one fast function, mx.fast.scaled_dot_product_attention. It is written out
-    here because it is what we came to see, and because that function does not return the weights,
-    which --look draws.
+    One matrix holds the query matrices of all heads side by side. It computes all queries at once,
+    an array of shape (B, T, n_emb), which is then split by head. Keys and values work the same way.
+    The @ operator works on the last two axes and is repeated over all axes before them. So heads
+    must come before positions:
+
+        (B, n_heads, T, head_size) @ (B, n_heads, head_size, T) = (B, n_heads, T, T)
+
+    MLX has this as one fast function, mx.fast.scaled_dot_product_attention. We write it out because
+    it is what we came to see, and because the fast function does not return the weights that --look
+    draws.
     """
 
     def __init__(self, config):
@@ -420,8 +421,8 @@ class MultiHeadAttention(nn.Module):
     def split_heads(self, x):
         """(B, T, n_emb) to (B, n_heads, T, head_size).
 
-        The transpose at the end matters: it puts the axes into the given order. Here four positions
-        have two numbers each, for two heads of size 1. Each row that is printed belongs to a head.
+        The transpose at the end matters: it puts the axes in this order. Here four positions
+        have two numbers each, for two heads of size 1. Each printed row belongs to a head.
 
         >>> x = np.arange(8).reshape(4, 2)  # the positions have (0, 1), (2, 3), (4, 5), (6, 7)
         >>> print(x.reshape(4, 2, 1).transpose(1, 0, 2)[:, :, 0])  # right: a part of each position
@@ -439,8 +440,8 @@ class MultiHeadAttention(nn.Module):
         q = self.split_heads(self.q_proj(x))  # (B, n_heads, T, head_size)
         k = self.split_heads(self.k_proj(x))  # (B, n_heads, T, head_size)
         v = self.split_heads(self.v_proj(x))  # (B, n_heads, T, head_size)
-        # (If you try rotary position embeddings, RoPE: rotate q and k here, by their positions. The
-        # first position is cache.offset, or 0 without a cache. update_and_fetch advances it.)
+        # (To try rotary position embeddings (RoPE), rotate q and k here. The first position is
+        # cache.offset, or 0 without a cache.)
         if cache is not None:  # only in section 10: keys and values of earlier positions
             k, v = cache.update_and_fetch(k, v)  # (B, n_heads, S, head_size)
         weights = attention_weights(q, k)  # (B, n_heads, T, S)
@@ -484,7 +485,7 @@ class MLP(nn.Module):
         return self.dropout(self.c_proj(x))  # (B, T, n_emb)
 
 
-# A *block* is one attention layer and one MLP:
+# A *block* is one attention layer and one MLP. (n_layers counts the blocks.)
 #
 #     x ---+---------------------->(+)---+---------------->(+)---> x
 #          |                        ^    |                  ^
@@ -493,9 +494,9 @@ class MLP(nn.Module):
 # What a layer computes is added to x and does not replace it (a *residual* or *skip connection*).
 # So a layer only has to learn what to change. The vector that flows straight through all blocks is
 # called the *residual stream*. It also carries the gradient back to the first block. In a plain
-# chain of layers slopes multiply: after twelve with slopes of 1/2, only 1/4096 of the gradient is
-# left (*vanishing gradient*). But the slope of x + f(x) is 1 plus the slope of f. Thanks to the 1,
-# the gradient also has a path along the stream that no layer shrinks.
+# chain of layers, slopes multiply: after twelve layers with slopes of 1/2, only 1/4096 of the
+# gradient is left (*vanishing gradient*). But the slope of x + f(x) is 1 plus the slope of f.
+# Thanks to the 1, the gradient also has a path along the stream that no layer shrinks.
 # (He et al., Deep Residual Learning for Image Recognition, 2015)
 #
 # As layer after layer adds to it, the stream grows. With it, the scores in attention would grow
@@ -547,8 +548,9 @@ class Block(nn.Module):
 #
 # The matrices start out random. If all their entries were equal, the numbers that a layer makes
 # would also be equal, get equal gradients, and stay equal: many numbers doing the work of one. The
-# weights start small, so that all probabilities are nearly equal, and the model need not first
-# unlearn a wrong preference. The first loss must be close to ln vocab_size, or something is wrong.
+# weights start small, so that all probabilities are nearly equal, and the model does not first have
+# to unlearn a wrong preference. The first loss must be close to ln vocab_size, or something is
+# wrong.
 # (It is a little above: the stream contains the current token's own row of wte, and the dot product
 # of a row with itself is always positive. So the model slightly favors repeating that token.)
 
@@ -571,7 +573,7 @@ class GPT(nn.Module):
     def init_weight(self, name, weight):
         """The initial value of the parameter with this name, such as blocks.0.mha.c_proj.weight.
 
-        It replaces MLX's own initial values, also those of layers that you add.
+        It replaces MLX's own initial values, including those of layers you add.
         """
         if name.endswith("bias"):
             return mx.zeros_like(weight)
@@ -617,9 +619,9 @@ class GPT(nn.Module):
 #                                                            619,776
 #
 # So nearly all of them are in the blocks, and two thirds of a block is its MLP. The smallest GPT-2
-# has n_emb = 768, 12 heads, 12 layers, ctx_len = 1024, and 50,257 tokens: 124 million parameters.
-# It differs from this model in size, tokens, and training. Its architecture is the same, and the
-# README shows how to load OpenAI's weights into this class.
+# has n_emb = 768, 12 heads, 12 blocks, ctx_len = 1024, and 50,257 tokens: 124 million parameters.
+# It differs from this model only in size, tokens, and training, so OpenAI's weights can be loaded
+# into this class. The README shows how.
 # (Radford et al., Language Models are Unsupervised Multitask Learners, 2019)
 
 
@@ -655,7 +657,7 @@ def count_parameters(model):
 # avoids division by 0.)
 #
 # AdamW adds *weight decay*: each step also shrinks w by lr * weight_decay * w. So a weight stays
-# large only if its gradient keeps it large. With large weights a model can react sharply to small
+# large only if its gradient keeps it large. With large weights, a model can react sharply to small
 # details, which can help it to memorize. (Kingma and Ba, Adam, 2014; Loshchilov and Hutter,
 # Decoupled Weight Decay Regularization, 2017)
 
@@ -668,9 +670,9 @@ def make_optimizer(total_steps):
         0        /          `-.
                  0  warmup     total_steps
 
-    Early on, m and v come from only a few noisy gradients. In the first step m / sqrt(v) is 1 or
+    Early on, m and v come from only a few noisy gradients. In the first step, m / sqrt(v) is 1 or
     -1, however small g is. Without warmup, every parameter would move by the full lr in a mostly
-    random direction. At the end a constant rate would keep the parameters jumping around the goal,
+    random direction. At the end, a constant rate would keep the parameters jumping around the goal,
     since m / sqrt(v) does not shrink with the gradients.
     """
 
@@ -684,9 +686,8 @@ def make_optimizer(total_steps):
         fall = mx.maximum(0, 1 - step / total_steps)
         return lr * mx.minimum(rise, fall)
 
-    # Only the matrices of the blocks are decayed, as is common. Biases, gains, and embeddings are
-    # left alone. MultiOptimizer gives the first optimizer what is_decayed picks, and the second one
-    # the rest.
+    # Only the matrices of the blocks are decayed. Biases, gains, and embeddings are left alone.
+    # MultiOptimizer gives the first optimizer what is_decayed picks, and the second one the rest.
     def is_decayed(name, weight):
         return name.startswith("blocks") and weight.ndim == 2
 
@@ -696,7 +697,7 @@ def make_optimizer(total_steps):
     return optim.MultiOptimizer([decayed, others], [is_decayed])
 
 
-# Three ideas behind MLX:
+# Before we write the training step, here are three ideas behind MLX:
 #
 # *Lazy evaluation*. `a + b` computes nothing yet: it adds a node to a *computation graph*. The work
 # is done when a value is needed, by .item() or print, or when mx.eval demands it. So MLX sees a
@@ -706,19 +707,20 @@ def make_optimizer(total_steps):
 # *Automatic differentiation*. nn.value_and_grad turns loss_fn into a function that returns the loss
 # and its gradients by backpropagation, in a tree like that of model.parameters().
 #
-# *Compilation*. mx.compile *traces* a function: it runs the Python code when it first gets inputs
-# of such shapes and types, records the operations, and from then on replays the recording. That is
-# faster: Python has nothing to do, and small operations are merged. So, inside step,
+# *Compilation*. mx.compile *traces* a function. On the first call, and whenever the inputs have new
+# shapes or types, it runs the Python code and records the operations. Every other call replays the
+# recording. That is faster: Python has nothing to do, and small operations are merged. Inside step,
+# this means:
 #
-#     print("hello")                 prints only while it is recorded
-#     print(loss.item())             fails: while it is recorded, there is no value
+#     print("hello")                 prints only during recording
+#     print(loss.item())             fails: during recording, there is no value yet
 #     max_norm, changed later        keeps its old value
 #     dropout                        stays on if it was on in the first call
 #     parameters, m, v, step count   do change: they are in the list `state` below
 #     learning rate, randomness      do change, for the same reason
 #
-# While you experiment with step, return it uncompiled: `return step`. If it fails while it is
-# recorded, some parameters may no longer hold numbers. Then start Python again.
+# While you experiment with step, return it uncompiled: `return step`. If it fails during recording,
+# some parameters may no longer hold numbers: restart Python.
 
 
 def make_step(model, optimizer, loss_fn):
@@ -737,8 +739,8 @@ def make_step(model, optimizer, loss_fn):
         optimizer.update(model, grads)
         return loss
 
-    # What step reads and changes, besides x and y. In each call the compiled step takes the current
-    # values from here, and puts the new ones back.
+    # Everything step reads or changes, apart from x and y. In each call, the compiled step takes
+    # the current values from here, and puts the new ones back.
     state = [model.state, optimizer.state, mx.random.state]
     return mx.compile(step, inputs=state, outputs=state)
 
@@ -821,7 +823,7 @@ class KVCache:
     def __init__(self):
         self.keys = None
         self.values = None
-        self.offset = 0  # how many positions are stored, so also the position of the next token
+        self.offset = 0  # positions stored so far; also the position of the next token
 
     def update_and_fetch(self, k, v):
         """Appends k and v, (B, n_heads, T, head_size) each, and returns all S positions of both.
@@ -841,7 +843,7 @@ def generate(model, tokens, max_new_tokens, temperature=1.0, top_k=None):
     """Yields max_new_tokens tokens, one by one, that continue a list of at least one token.
 
     Puts the model in eval mode. If you call this in the middle of an epoch, call model.train()
-    afterward. (An uncompiled step needs it; a compiled one keeps dropout on anyway.)
+    afterward.
     """
     model.eval()
     ctx_len = model.config.ctx_len
@@ -855,9 +857,9 @@ def generate(model, tokens, max_new_tokens, temperature=1.0, top_k=None):
         window = window + [token]
         unread = [token]
         if len(window) > ctx_len:
-            # All positions are taken. If we dropped just one token, as the simple loop does, the
-            # others would get new positions and all have to be read again. Dropping half makes that
-            # rare.
+            # All positions are taken. If we dropped just one token, as the simple loop does, all
+            # the others would move to new positions and have to be read again, for every new token.
+            # Dropping half makes that rare.
             window = window[-max(1, ctx_len // 2) :]  # the newer half
             unread = window
             caches = [KVCache() for _ in model.blocks]
@@ -933,8 +935,8 @@ def unfinished(path):
 
     Once it is complete, os.replace() gives it its real name. So a run that is stopped in the middle
     leaves no half-written file under that name. (getpid() keeps the unfinished files of two runs
-    apart. The finished ones they share, so train only one model in a folder at a time. The name
-    ends as before, since MLX appends .safetensors to any other ending.)
+    apart. They share the finished ones, so train only one model in a folder at a time. The ending
+    stays, because MLX appends .safetensors to any other.)
     """
     path = Path(path)
     return str(path.with_name(f"unfinished-{os.getpid()}-{path.name}"))
@@ -1023,8 +1025,7 @@ def first_char(tokenizer):
 def continue_text(model, tokenizer, prompt, length):
     """Yields `length` characters that continue the prompt. The same seed gives the same text.
 
-    It sets MLX's random seed and puts the model in eval mode. So if you call it in the middle of an
-    epoch, call model.train() afterward, and expect different random numbers.
+    Sets MLX's random seed and, like generate(), puts the model in eval mode.
     """
     mx.random.seed(seed)
     for token in generate(model, tokenizer.encode(prompt), length, temperature, top_k):
@@ -1059,7 +1060,7 @@ def bars(shares):
 
 
 class Recorder(nn.Module):
-    """A layer that passes on what it gets, and keeps it. look() puts it in place of another."""
+    """A layer that returns its input, and keeps it. look() puts it in place of dropout."""
 
     def __call__(self, x):
         self.recorded = x
@@ -1075,7 +1076,7 @@ def look(prompt):
     if not 1 <= len(tokens) <= ctx_len:
         raise UserError(f"the prompt has {len(tokens)} characters: it must have 1 to {ctx_len}")
 
-    # In MultiHeadAttention the attention weights pass through attn_dropout, which does nothing in
+    # In MultiHeadAttention, the attention weights pass through attn_dropout, which does nothing in
     # eval mode. A recorder in its place keeps them.
     for block in model.blocks:
         block.mha.attn_dropout = Recorder()
@@ -1097,7 +1098,7 @@ def print_row(title, text):
 
 
 def draw_surprise(logits, tokens):
-    """Draws the loss at each token but the first. A full bar: no better than uniform guessing."""
+    """Draws the loss at each token except the first. A full bar is that of uniform guessing."""
     if len(tokens) > 1:
         targets = mx.array(tokens[1:])  # (T - 1,)
         losses = nn.losses.cross_entropy(logits[:-1], targets)  # (T - 1,): one for each target
@@ -1152,9 +1153,9 @@ SECOND_STREAM = mx.new_thread_local_stream(mx.cpu)
 def two_core_loss(model, x, y):
     """The same as loss_fn, but each of two cores takes half of the rows.
 
-    As MLX is lazy, the two calls of loss_fn only build the graph. When the loss is needed, both
-    cores compute. In backpropagation each operation runs in the stream of its forward operation, so
-    that is divided, too. The sum needs both halves, so the second stream waits there for the first.
+    Because MLX is lazy, the two calls of loss_fn only build the graph. When the loss is needed,
+    both cores compute. Backpropagation runs each operation in the stream of its forward operation,
+    so it is divided, too. The sum needs both halves, so the second stream waits for the first.
     """
     half = len(x) // 2
     if 2 * half != len(x):  # the average of two unequal halves is not the mean of all rows
@@ -1179,19 +1180,19 @@ def choose_loss_fn():
 
 # Several computers, or several *processes* (running programs) on one, can train a model together.
 # Each computes the gradients for its share of the rows of each batch, and nn.average_gradients, in
-# make_step, gives all of them the mean. As they start with the same weights, thanks to `seed`, and
-# take the same steps, their models stay the same. This is called *data parallelism*. mlx.launch
+# make_step, gives all of them the mean. They start with the same weights, thanks to `seed`, and
+# take the same steps, so their models stay the same. This is called *data parallelism*. mlx.launch
 # starts them and numbers them from 0: this number is the *rank*.
 
 
 def join_processes(settings, checksum, history):
     """The rank of this process, and how many processes there are: without mlx.launch, 0 and 1.
 
-    history has the losses of the epochs so far, if a run is resumed. Raises UserError if they
-    differ in their settings, their text, or that run.
+    history has the losses of the epochs so far, if a run is resumed. Raises UserError if the
+    processes differ in settings, text, or history, or cannot share a batch evenly.
     """
     world = mx.distributed.init()  # the group of all processes
-    # To compare what they are about to do, it is enough for each to send a checksum of it to all.
+    # To compare their plans, it is enough for each process to send a checksum of its own to all.
     plan = json.dumps([settings, checksum, history])
     ours = mx.array([zlib.crc32(plan.encode())], dtype=mx.uint32)  # (1,)
     all_checksums = mx.distributed.all_gather(ours)  # (processes,)
@@ -1222,7 +1223,7 @@ class Progress:
     def __init__(self, steps_done, total_steps):
         self.step = steps_done
         self.total_steps = total_steps
-        self.start_step = None  # the clock is started after the first step, which compiles
+        self.start_step = None  # the clock starts after the first step, which compiles
         self.start_time = None
         self.last_print = None
 
@@ -1311,17 +1312,19 @@ MAY_CHANGE = ["num_epochs", "max_new_tokens", "temperature", "top_k"]  # before 
 def check_same_run(notes, settings, checksum):
     """Raises UserError unless the run with these notes can go on with these settings."""
     if "history" not in notes:
-        raise UserError(f"{CHECKPOINT} holds no checkpoint")
+        raise UserError(f"{CHECKPOINT} holds no checkpoint: start a new run")
     if notes["checksum"] != checksum:
-        raise UserError(f"{CHECKPOINT} is from a run on a different input.txt")
+        raise UserError(f"{CHECKPOINT} is from a run on a different input.txt: put that text "
+                        f"back, or start a new run")
     must_agree = {name: settings[name] for name in settings if name not in MAY_CHANGE}
     different = changes(notes["settings"], must_agree)
     if different:
-        raise UserError(f"{CHECKPOINT} is from a different run: {different}")
+        raise UserError(f"settings have changed since {CHECKPOINT}: {different}. Change them back, "
+                        f"or start a new run")
     if len(notes["history"]) >= num_epochs:
         raise UserError("that run is finished: raise num_epochs to keep training")
     if not os.path.exists(MODEL):
-        raise UserError(f"{MODEL}, with the best weights so far, is gone")
+        raise UserError(f"{MODEL}, with the best weights so far, is gone: start a new run")
 
 
 def resume_run(model, optimizer, settings, checksum):
@@ -1430,7 +1433,7 @@ def train(resume=False):
         mx.random.seed(int(rng.integers(2**31)) + rank)  # for dropout, different in each process
         model.train()
         for x, y in get_batches(train_tokens, ctx_len, batch_size, rng):
-            # This process's share: every `processes`-th row from `rank` on, so all, if it is alone.
+            # This process's share: every `processes`-th row from `rank` on. Alone, it gets all.
             x = x[rank::processes]
             y = y[rank::processes]
             loss = step(x, y)

@@ -24,7 +24,7 @@ from torch import nn
 
 settings = dict(ctx_len=128, n_emb=128, n_heads=4, n_layers=3, dropout=0.03, num_epochs=20,
                 batch_size=32, lr=3e-3, warmup_steps=100, weight_decay=0.1, beta1=0.9, beta2=0.99,
-                seed=0, threads=2)
+                max_norm=1.0, seed=0, threads=2)
 
 
 class Dropout:
@@ -143,7 +143,7 @@ def main():
                 bits = torch.from_numpy(bits.view(np.int16))
             loss = loss_fn(train[rows], train[rows + 1], s.dropout, bits)
             loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0, foreach=True)
+            nn.utils.clip_grad_norm_(model.parameters(), s.max_norm, foreach=True)
             warm = min(1, (step + 1) / max(1, s.warmup_steps))
             for group in optimizer.param_groups:
                 group["lr"] = s.lr * warm * (1 - step / (steps_per_epoch * s.num_epochs))
