@@ -1338,13 +1338,13 @@ def resume_run(model, optimizer, settings, checksum):
     check_match(CHECKPOINT, saved, ours)
     model.update(saved["model"])
     optimizer.state = saved["optimizer"]  # a new dict. Call make_step after this, to pick it up
-    last_epoch = len(notes["history"]) - 1
-    print(f"Resuming after epoch {last_epoch}, val = {notes['history'][-1]['val']:.4f}")
+    history = notes["history"]
+    print(f"Resuming after epoch {len(history) - 1}, val = {history[-1]['val']:.4f}")
     old_epochs = notes["settings"]["num_epochs"]
     if old_epochs != num_epochs:
         print(f"num_epochs was {old_epochs}: from now on, the learning rate follows the schedule "
               f"for {num_epochs}")
-    return notes["history"]
+    return history
 
 
 def read_run_log():

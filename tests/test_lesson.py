@@ -73,8 +73,8 @@ def test_n_grams(shipped_text):
     train_text, val_text = np.split(tokens, [len(tokens) * 9 // 10])
     found = [reference.kneser_ney(train_text, val_text, 65, int(n)) for n in orders]
     assert rows_agree(found, losses)
-    notebook = (ROOT / "tests" / "MEASUREMENTS.md").read_text(encoding="utf-8")
-    row = re.search(r"^\| shipped text \| (\d.*) \|$", notebook.split("\n## Counting\n")[-1], re.M)
+    notes = (ROOT / "tests" / "MEASUREMENTS.md").read_text(encoding="utf-8")
+    row = re.search(r"^\| shipped text \| (\d.*) \|$", notes.split("\n## Counting\n")[-1], re.M)
     if orders[0] == "1":
         assert all(map(rounds_to, found, row[1].split(" | ")))
 

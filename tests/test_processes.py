@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import ON_CPU, TEXT, Folder
-from test_run import CLOCK, arrays, assert_same_run, run_log, epochs, losses
+from test_run import CLOCK, arrays, assert_same_run, epochs, losses, run_log
 
 LAUNCH = Path(sys.executable).with_name("mlx.launch")
 pytestmark = pytest.mark.skipif(not LAUNCH.exists(), reason="no mlx.launch beside this python")

@@ -23,8 +23,8 @@ EDITS = {number: edit for number, edit in EXPERIMENTS.items()
          if not experiments.writes_text(edit[1])}
 
 
-def section(title):
-    return README.split(f"\n## {title}")[1].split("\n## ")[0]
+def section(title, text=README):
+    return text.split(f"\n## {title}")[1].split("\n## ")[0]
 
 
 def blocks(text, language):
@@ -184,8 +184,8 @@ def test_figures_appear_in_measurements():
 
 def measured(title, *row):
     """The losses after each epoch in MEASUREMENTS.md: in this section, the row with these cells."""
-    part = MEASUREMENTS.split(f"\n## {title}\n")[1].split("\n## ")[0]
-    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in part.splitlines()]
+    lines = section(title, MEASUREMENTS).splitlines()
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
     [found] = [each[-1] for each in cells if each[:-1] == list(row)]
     return found.split(", ")
 
@@ -197,12 +197,12 @@ def test_the_chart_shows_the_default_model():
 
 
 def test_the_answers_have_the_losses_of_their_experiments():
-    part = MEASUREMENTS.split("\n## Experiments\n")[1].split("\n## ")[0]
-    rows = re.findall(r"^\| (\d+) \| .* \| (\d) \| ([\d., ]+) \|$", part, re.M)
+    rows = re.findall(r"^\| (\d+) \| .* \| \d \| ([\d., ]+) \|$",
+                      section("Experiments", MEASUREMENTS), re.M)
     base = [measured("Losses", "small", "shipped", seed)[-1] for seed in "012"]
     for experiment in section("Experiments").split("\n### ")[1:]:
         number, answer = experiment.split(".")[0], experiment.split("</summary>")[1]
-        runs = [losses.split(", ") for n, _, losses in rows if n == number]
+        runs = [losses.split(", ") for n, losses in rows if n == number]
         figures = losses_in(re.sub(r"^```.*?^```", "", answer, flags=re.M | re.S), digits="2,3")
         assert (runs != []) == (int(number) in EXPERIMENTS)
         for figure in figures:

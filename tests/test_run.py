@@ -206,18 +206,17 @@ def test_batches_and_first_weights_depend_on_the_seed_and_the_epoch(here, tiny, 
 
 
 def test_a_model_is_trained_in_its_size_and_with_dropout(here, tiny, command):
+    sizes = {name: TINY[name] for name in ("ctx_len", "n_emb", "n_heads")}
     weights = []
     for dropout in (0.5, 0.0):
         tiny(num_epochs=1, n_layers=2, dropout=dropout)
         assert command()[1] == 0
         weights.append(arrays(here, "model.safetensors"))
-        sizes = ["ctx_len", "n_emb", "n_heads", "n_layers", "dropout"]
-        config = {name: TINY[name] for name in sizes} | {"n_layers": 2, "dropout": dropout}
         notes = mx.load("model.safetensors", return_metadata=True)[1]["notes"]
-        assert json.loads(notes)["config"] == {"vocab_size": len(VOCAB), **config}
+        assert json.loads(notes)["config"] == {
+            "vocab_size": len(VOCAB), **sizes, "n_layers": 2, "dropout": dropout}
     with_dropout, without = weights
-    different = [not np.array_equal(with_dropout[name], without[name]) for name in without]
-    assert all(different)
+    assert not any(np.array_equal(with_dropout[name], without[name]) for name in without)
 
 
 def test_what_the_loop_suggests_to_put_there(folder):

@@ -22,7 +22,7 @@ def test_frequencies_of_sample_are_those_of_softmax(temperature, top_k):
     kept = np.argsort(-LOGITS)[:top_k]
     p = np.zeros(5)
     p[kept] = reference.softmax(LOGITS[kept] / temperature)
-    n = 500
+    n = 2000
     mx.random.seed(0)
     drawn = [train.sample(mx.array(LOGITS), temperature, top_k) for _ in range(n)]
     found = np.bincount(drawn, minlength=5) / n
