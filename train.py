@@ -1,28 +1,42 @@
 """GPT-2 from scratch in MLX: a tutorial in one file.
 
-    python train.py                     train on input.txt, then generate text
+    python train.py                     train on input.txt, then write some text
     python train.py --sample "To be"    continue a prompt with the trained model
     python train.py --look "To be"      show what it attends to and what it predicts next
-    python train.py --resume            resume an interrupted run
+    python train.py --resume            go on with an interrupted run
 
-GPT-2 is a *transformer*, a kind of *neural network*: a function with many adjustable numbers. It
-reads text and predicts what comes next, here one character at a time. We build it, train it, and
-generate text with it. MLX is Apple's library for this: it computes with arrays, as NumPy does, and
-can use the GPU, the graphics processor of a Mac.
+Show GPT-2 the beginning of a text, and it guesses what comes next. That is all it can do. But add
+the guess to the text and let it guess again, and again, and it writes. Ours guesses one character
+at a time. Trained on a computer without a GPU, the small model writes, after a newline:
 
-     1. Settings      5. Loss and learning      9. Training               13. The run
-     2. Data          6. Attention             10. Sampling               14. The command line
-     3. Tokenizer     7. MLP and block         11. Checks and files
-     4. Batches       8. GPT                   12. Prompts and pictures
+    untrained             uQv$?Mz &zsLMx3led,qOyxSH'WUkApi:ikizTyBrFNW'.kJXXZbQviZicmMrM'bz
+    after 40 seconds      @FIRST@
+    after two minutes     @LAST@
 
-Sections 1 to 10 are the lesson. Read them from the top: each builds on what comes before it. (Where
-something comes early, such as the cache, a comment names the section that explains it.) Then change
-something, run it again, and compare the validation loss: how badly the model predicts text that was
-held out from training. Lower is better. A model that guesses uniformly gets 4.17. On the shipped
-input.txt, the small model, for machines without a GPU, gets 1.54, and the default model 1.25.
+Two minutes ago it could not tell a vowel from a dollar sign. A Mac's GPU gets a larger model, which
+takes longer, learns to spell, and even keeps to a verse now and then.
 
-First things to try: `n_heads = 1`, your own text in input.txt, and, without training again, another
-`temperature` with --sample. The README has more experiments.
+What happens in between is no magic, and the whole of it is in this file. GPT-2 is a *transformer*,
+one kind of *neural network*: a function with a great many adjustable numbers. They start out
+random, and so does its writing. We will build this function piece by piece, have it guess at a real
+text, and after each guess move every number a little in the direction that would have made the
+guess better. Our library is MLX, Apple's own. It works much like NumPy, with two differences that
+matter here: it runs on the graphics processor (GPU) of a Mac, and it can find those directions for
+us, all at once.
+
+     1. Settings      5. Loss and learning      9. Generating text       13. The command line
+     2. Data          6. Attention             10. Training
+     3. Tokenizer     7. MLP and block         11. Looking inside
+     4. Batches       8. GPT                   12. The parts of a run
+
+Sections 1 to 11 are the lesson. Read it from the top while the program runs; it takes an hour or
+two, and you need no more than some Python. Then change something, run it again, and compare the
+*validation loss*, which says how badly the model predicts text that it has never seen. (Pure
+guessing gets 4.17. On the shipped text, the small model gets 1.54, the default model @DEF@.) Try
+`n_heads = 1` first, or your own text in input.txt. The README has more experiments, and the steps
+that lead from GPT-2 to the models of today.
+
+The examples behind >>> are tests. To run them: python -m doctest train.py
 """
 
 # For uv, a tool that installs what a script needs:
@@ -32,13 +46,16 @@ First things to try: `n_heads = 1`, your own text in input.txt, and, without tra
 #                 "mlx-cpu>=0.32.4; sys_platform == 'win32'"]
 # ///
 
+# %% Imports
+
 import argparse
-import io
+import functools
 import json
 import math
 import os
 import shutil
 import sys
+import tempfile
 import textwrap
 import time
 import zlib
@@ -53,57 +70,58 @@ from mlx.utils import tree_flatten, tree_map_with_path, tree_unflatten
 
 # %% 1. Settings
 #
-# These are the *hyperparameters*, the numbers we choose. On a first reading, skip them: each is
-# explained where it is used. (*Parameters*, also called weights, are the numbers that training
-# finds.)
+# The numbers that we choose are called *hyperparameters*; the *parameters* (or weights) are those
+# that training finds. On a first reading, skip this page, since each setting is explained where it
+# is used. Come back to it when you want to play.
+#
+# Where a line has two values, the first is for the small model, which a computer without a GPU can
+# train in minutes, and the second for the default model.
 
-small = mx.default_device() == mx.cpu  # without a GPU, the default model would take hours
+small = mx.default_device() == mx.cpu  # or True, to get the small model on a GPU as well
 
-if not small:  # edit these if you have a GPU
-    ctx_len = 128  # context length: how many characters the model can see
-    n_emb = 128  # embedding size: how many numbers stand for one character; a multiple of n_heads
-    n_heads = 4  # attention heads per block
-    n_layers = 3  # blocks
-    dropout = 0.03  # fraction of numbers zeroed in training; raise it if the model overfits
-    num_epochs = 20  # passes over the training set; lower it if the model overfits
-    batch_size = 32  # rows of text per step; raise it for fewer, less noisy steps
-    lr = 3e-3  # peak learning rate; lower it if the loss jumps around or becomes nan
-else:  # edit these if you have none
-    ctx_len = 48
-    n_emb = 56
-    n_heads = 7
-    n_layers = 1
-    dropout = 0.0
-    num_epochs = 3
-    batch_size = 8
-    lr = 1e-2
+ctx_len = 48 if small else 128  # context length: how many characters the model can see
+n_emb = 56 if small else 128  # embedding size: how many numbers stand for one character
+n_heads = 7 if small else 4  # attention heads per block; n_emb must be a multiple of it
+n_layers = 1 if small else 3  # blocks
+dropout = 0.0 if small else 0.03  # fraction of activations zeroed in training
+num_epochs = 3 if small else 20  # passes over the training set
+batch_size = 8 if small else 32  # rows of text per step
+lr = 1e-2 if small else 3e-3  # peak learning rate; lower it if the loss jumps around
 
 warmup_steps = 100  # steps until the learning rate peaks; lower it if a run has few steps
 weight_decay = 0.1  # how strongly weights are pulled toward 0; raise it if the model overfits
 beta1 = 0.9  # decay rate of AdamW's average of the gradient
 beta2 = 0.99  # decay rate of AdamW's average of the squared gradient
 max_norm = 1.0  # a gradient longer than this is scaled down to it
-seed = 0  # random seed
+seed = 0  # where the random numbers start: another seed, another run
 
 max_new_tokens = 1000  # length of the generated text, in characters
-temperature = 0.8  # 0: always the most likely character; 1: unchanged; above 1: more random
-top_k = 40  # sample only from the k most likely characters; try 5, or 1000 for all of them
+temperature = 0.8  # 0: always the most likely character; 1: unchanged; above 1: bolder
+top_k = 40  # choose among the k most likely characters; try 5, or 1000 for all of them
+
+# Their names, to be printed, logged, and compared with those of earlier runs. A setting that you
+# add above is in this list by itself, if its name begins with a lower-case letter and its value is
+# a number, a switch (True or False), or a string.
+SETTINGS = [name for name, value in globals().items()
+            if isinstance(value, (int, float, str)) and name[0].islower()]
 
 # %% 2. Data
 #
-# All our data is one text file. The model learns from the first nine tenths of it, the *training
-# set*. The last tenth, the *validation set*, is held out. Text that it has never seen shows whether
-# the model learned the language (*generalization*) or merely memorized its training text
+# All our data is one text file. If the model has read a line a thousand times, being able to recite
+# it proves nothing. So it learns from the first nine tenths of the text only, the *training set*.
+# The last tenth, the *validation set*, is held out: there we see whether the model has learned
+# something about the language (*generalization*), or has merely memorized what it read
 # (*overfitting*).
 
 
 def load_text(path="input.txt"):
     """The text of a UTF-8 file. Raises OSError or UnicodeDecodeError if it cannot be read."""
-    return Path(path).read_text(encoding="utf-8-sig")  # -sig: skip the byte order mark, if any
+    path = Path(path).resolve()  # the whole path, so that an error says where we looked
+    return path.read_text(encoding="utf-8-sig")  # -sig: skip the byte order mark, if any
 
 
 def split(text):
-    """The first nine tenths of a text, and the last tenth. Works on arrays, too.
+    """The first nine tenths of a text, and the last tenth. It works on arrays as well.
 
     >>> split("abcdefghij")
     ('abcdefghi', 'j')
@@ -114,18 +132,26 @@ def split(text):
 
 # %% 3. Tokenizer
 #
-# A neural network computes with numbers, so we turn each character into one, called a *token*:
-# its index in the sorted list of all distinct characters, the *vocabulary*.
+# A neural network computes with numbers, so the text must become numbers before anything else can
+# happen. We cut it into *tokens*, here single characters. The list of all different tokens is the
+# *vocabulary*, and the *token ID* of a character is its place in this list. (From here on, "token"
+# will often mean this number.)
 #
-# GPT-2's own vocabulary has 50,257 tokens: words and pieces of words, found by *byte-pair
-# encoding*. The same text then has fewer tokens. Single characters are simpler, and the model is
-# the same.
+# GPT-2's own vocabulary has 50,257 tokens, from single letters to whole words, which were found by
+# *byte-pair encoding* (Sennrich et al., 2016). With it, the same text needs fewer tokens; but a
+# small text holds too little to learn that many. Characters are simpler, and the model cannot tell
+# the difference: all it ever sees are the numbers.
+
+
+def build_vocab(text):
+    """The vocabulary of a text: a sorted list of its tokens, which are strings."""
+    return sorted(set(text))
 
 
 class CharTokenizer:
-    """Translates between text and tokens. The vocabulary is every character that occurs in text.
+    """Translates between text and tokens.
 
-    >>> tokenizer = CharTokenizer("hello world")
+    >>> tokenizer = CharTokenizer(build_vocab("hello world"))
     >>> tokenizer.vocab
     [' ', 'd', 'e', 'h', 'l', 'o', 'r', 'w']
     >>> tokenizer.encode("hold")
@@ -134,9 +160,9 @@ class CharTokenizer:
     'hold'
     """
 
-    def __init__(self, text):
-        self.vocab = sorted(set(text))
-        self.token_of = {char: token for token, char in enumerate(self.vocab)}
+    def __init__(self, vocab):
+        self.vocab = vocab
+        self.token_of = {char: token for token, char in enumerate(vocab)}
 
     def encode(self, text):
         """The tokens of a string, a list of ints. Raises KeyError for a character not in vocab."""
@@ -149,25 +175,31 @@ class CharTokenizer:
 
 # %% 4. Batches
 #
-# The model is a *language model*: given the characters so far, it predicts the next one. So the
-# *targets*, the right answers, are the text itself, shifted by one. The shipped text begins with
-# "First Citizen:". If we cut the text into rows of T = 8 tokens, the first row is (_ is a space)
+# A *language model* sees the text so far and predicts the next token. To learn, it needs questions
+# with answers. Who writes down the answers, a million of them? Nobody has to. The text is full of
+# them already: whatever you cover up, the next character is right there (*self-supervised
+# learning*). The shipped text begins with "First Citizen:". Here are its first T = 8 tokens, x, and
+# the answers to them, the *targets* y, which are the same text one place further on. (_ is a
+# space.)
 #
 #     x = 18 47 56 57 58  1 15 47        F i r s t _ C i
 #     y = 47 56 57 58  1 15 47 58        i r s t _ C i t
 #
-# One row holds T examples: after "F" comes "i", after "Fi" comes "r", and so on, up to "First Ci",
-# after which comes "t". The model answers all T at once, one at each *position* of the row. B rows
-# (*sequences*) form a *batch*, and do not interact.
+# This one row holds eight questions. What follows "F"? What follows "Fi"? And so on, up to "First
+# Ci", which is followed by "t". The model answers all of them at once, one at each *position* of
+# the row, where it sees the characters up to that position and none of those after it.
 #
-# A batch is an *array*, a grid of numbers. Its *shape*, here (B, T), says how long it is along each
-# *axis*. a[:, 0] is the first column: a colon alone takes everything along its axis.
+# The hardware likes to work on many numbers at a time, so we give the model B rows at once, which
+# is called a *batch* (or mini-batch). The rows know nothing of one another. A batch is an *array*,
+# a grid of numbers, whose *shape* says how long it is along each of its *axes*: (B, T) means B rows
+# of T numbers. In an index, a colon takes everything along an axis: a[:, 0] is the first column.
 #
-# One pass over the training set is an *epoch*. If every epoch cut the text at the same places, the
-# first token of a row would always be seen without the text before it. So each epoch starts cutting
-# at a random place among the first T tokens, and takes the rows in random order.
+# A whole pass over the training set is an *epoch*. If every epoch cut the text into rows at the
+# same places, then what stands just before a cut would never help to predict what stands just after
+# it. So each epoch begins at a random one of the first T tokens, and takes the rows in random
+# order.
 #
-# We cut the text with NumPy (np), and the model computes with MLX (mx).
+# NumPy (np) cuts the text, and MLX (mx) does the computing.
 
 
 def get_batches(tokens, ctx_len, batch_size, rng=None):
@@ -205,81 +237,136 @@ def count_batches(tokens, ctx_len, batch_size):
 
 # %% 5. Loss and learning
 #
-# Before we build the model, let's decide how to judge it. At each position it gives each of the V
-# tokens of the vocabulary a number, called a *logit*: the higher, the more likely the token is to
-# come next. *Softmax* turns the V logits, s_1 to s_V, into a probability distribution: positive
-# numbers that sum to 1.
+# Before we build the model, let us agree on how to judge it. At each position it gives each of the
+# V tokens of the vocabulary a number, its *logit*: the higher, the more likely that token is to
+# come next. *Softmax* turns the logits s_1 to s_V into probabilities, which are positive and sum to
+# 1:
 #
 #     p_i = exp(s_i) / (exp(s_1) + ... + exp(s_V))        (2, 1, 0) -> (0.67, 0.24, 0.09)
 #
-# The *loss* is -ln p, where p is the probability that the model gave to the token that came next:
+# Then the text reveals which token really came next. Let p be the probability that the model had
+# given to it. The *loss* is -ln p: nothing if the model was certain, and more the more it is
+# surprised. (You will also meet it as *surprisal* or *negative log-likelihood*.)
 #
 #     p        1       0.22     1/65      0.001
 #     loss     0       1.5      4.17      6.9
 #
-# Why a logarithm? The probability of a whole text is the product of the probabilities of its
-# tokens, each given those before it: if "F" has probability 1/2, and "i" after it 1/4, then "Fi"
-# has 1/8. A logarithm turns the product into a sum: the lower the sum of the losses, the more
-# likely the model finds the text. The mean loss per token is the *cross-entropy*, in nats (for
-# natural logarithm). exp(loss) is the *perplexity*: at a loss of 1.5 the model is as unsure as if
-# it chose among exp(1.5) = 4.5 equally likely characters.
+# Why a logarithm? Because the probability of a whole text is a product: if the model gives "F" 1/2,
+# and then "i" 1/4, it gives "Fi" 1/8, and a play as a whole gets next to nothing. A logarithm turns
+# products into sums, so the losses of single tokens can simply be added up or averaged. The mean is
+# the *cross-entropy*, in *nats* per token. If you prefer a number that you can picture, take
+# exp(loss), the *perplexity*: at a loss of 1.5, the model is as unsure as if it had to choose among
+# exp(1.5) = 4.5 equally likely characters.
 #
-# What is a good loss? Uniform guessing among 65 characters gives ln 65 = 4.17. The classic baseline
-# is an *n-gram model*, which counts what followed each string of n - 1 characters in the training
-# set. If "e" followed "th" 60 times out of 100, then p is about 0.6 for an "e" after "th". A
-# character that it never saw there would have p = 0 and an infinite loss, so *smoothing* moves a
-# little probability from what was seen to what shorter strings predict. On the shipped text:
+# And what is a good loss? Rolling a die with 65 sides gets ln 65 = 4.17. The classic rival is an
+# *n-gram model*, which has no neurons at all. It counts, in the training set, which characters
+# followed each string of n - 1 characters: if "th" was followed by "e" 60 times out of 100, then
+# "e" gets about 0.6 after "th". But a character that was never seen there would get p = 0 and an
+# infinite loss. Therefore some probability is moved from what was seen to what a shorter string
+# predicts, which is called *smoothing* (ours is modified Kneser-Ney). On the shipped text:
 #
 #     n        1       2       3       4       5       6       7
 #     loss     3.24    2.36    1.83    1.51    1.38    1.34    1.33
 #
-# The small model will come close to n = 4, and the default model will beat all of them.
+# These are the numbers to beat. The small model will come close to n = 4, and the default model
+# will beat all of them.
 
 
 def loss_fn(model, x, y):
-    """The mean cross-entropy, a scalar array, in nats per token. x and y are (B, T).
-
-    evaluate() in section 9 uses this function, too. If you add a term meant only for training,
-    keep a copy without it for evaluate().
-    """
+    """The mean cross-entropy, a scalar array, in nats per token. x and y are (B, T)."""
     logits = model(x)  # (B, T, V)
     return nn.losses.cross_entropy(logits, y, reduction="mean")  # softmax, -ln p, mean
 
 
-# To *learn* is to change the parameters so that the loss falls. Take a model with one parameter, w,
-# for a language of two letters. The logit of "a" is w and the logit of "b" is 0, so the probability
-# of "a" is p = exp(w) / (exp(w) + 1). In the training text, 3 of 4 letters are "a". Then the loss
-# is -(3/4) ln p - (1/4) ln(1 - p).
+# To *learn* is to change the parameters so that the loss falls. How does one know in which
+# direction to change them? Let us try it with a model so small that we can watch: it has one
+# parameter, w, and a language of two letters, where 3 of 4 letters are "a" and the rest are "b".
+# The logit of "a" is w, that of "b" is always 0.
+
+
+def toy_loss(w):
+    """The loss of a model with one parameter, a scalar array.
+
+    Shall w go up or down? Nudge it, and see what the loss does:
+
+    >>> change = toy_loss(mx.array(0.001)) - toy_loss(mx.array(0.0))
+    >>> print(f"{change.item() / 0.001:.3f}")
+    -0.250
+
+    Around w = 0, the loss changes by -0.25 for each 1 that w grows. This is its slope there, or
+    *derivative*. The loss falls as w grows, so w should grow. MLX finds the slope without a nudge:
+
+    >>> slope = mx.grad(toy_loss)
+    >>> print(f"{slope(mx.array(0.0)).item():.3f}")
+    -0.250
+
+    *Gradient descent* moves w a little against the slope, and then does it again from there. How
+    far, we choose: that is the *learning rate*, here 2.
+
+    >>> w = mx.array(0.0)
+    >>> for step in range(4):
+    ...     print(f"w = {w.item():.3f}, slope = {slope(w).item():.3f}")
+    ...     w = w - 2 * slope(w)
+    w = 0.000, slope = -0.250
+    w = 0.500, slope = -0.128
+    w = 0.755, slope = -0.070
+    w = 0.895, slope = -0.040
+    """
+    p = mx.exp(w) / (mx.exp(w) + 1)  # the probability of "a": softmax of w and 0, as exp(0) = 1
+    return -(3 / 4 * mx.log(p) + 1 / 4 * mx.log(1 - p))
+
+
+# It goes on like this, in ever smaller steps:
 #
-# Which way should w go? At w = 0 the loss is 0.6931. If we raise w by 0.001, the loss changes by
-# -0.00025. The ratio -0.00025 / 0.001 = -0.25 is the slope, or *gradient*: how fast the loss grows
-# as w grows. It is negative, so we raise w. *Gradient descent* moves w a little against its
-# gradient, again and again. With w = w - 2 * gradient, where 2 is the *learning rate*,
+#     w          0        0.5      0.755    0.895    ...   1.099
+#     p          0.5      0.622    0.680    0.710    ...   0.75
+#     loss       0.6931   0.5991   0.5740   0.5664   ...   0.5623
 #
-#     w           0        0.5      0.755    0.895    ...   1.099
-#     p           0.5      0.622    0.680    0.710    ...   0.75
-#     loss        0.6931   0.5991   0.5740   0.5664   ...   0.5623
-#     gradient   -0.25    -0.128   -0.070   -0.040    ...   0
+# Look where w settles: where p is 3/4, which is exactly how often an "a" comes up. Nobody told the
+# model to count letters. It counted them because that is what makes the loss small. Nor does the
+# loss reach 0, because in this language the next letter is partly chance, and in ours as well. And
+# if we are greedy? With a learning rate of 20, the first step overshoots to w = 5, where the loss
+# is 1.26, worse than at the start.
 #
-# w settles where p is 3/4, the true share of "a". The loss cannot reach 0: which letter comes next
-# is partly chance. With a learning rate of 20, the first step overshoots to w = 5, and the loss
-# there is 1.26, worse than at the start.
-#
-# A real model has far too many parameters to nudge one by one. *Backpropagation* finds all
-# gradients in one pass, backward from the loss. (Computing the loss is the *forward pass*, and this
-# is the *backward pass*.) Each operation has a known rule for its own slope, such as 2 * x for
-# x * x, and by the *chain rule* slopes multiply.
+# A real model has a great many parameters, and a slope, or *partial derivative*, for each. All of
+# them together, in one long vector, are the *gradient*. To nudge one parameter at a time, we would
+# have to run the model once for each, half a million times for a single step. *Backpropagation*
+# gets the whole gradient for the price of about two more runs. It rests on the *chain rule*: if one
+# number depends on another, and that on a third, the slopes multiply.
 #
 #         slope 3       slope -2
-#     w ----------> z ----------> loss          gradient for w: 3 * -2 = -6
+#     w ----------> z ----------> loss          slope of the loss with respect to w: 3 * -2 = -6
 #
-# Suppose z grows 3 times as fast as w, and the loss falls 2 times as fast as z grows. Then the loss
-# falls 6 times as fast as w grows. The -2 is found once, and used again for every parameter that z
-# depends on. Where a number is used in several places, its slopes add: 3 * w + 2 * w has slope 5.
+# If z grows 3 times as fast as w, and the loss falls 2 times as fast as z grows, then the loss
+# falls 6 times as fast as w grows. Every operation knows its own slope (that of x * x is 2 * x). So
+# the program runs the model once to find the loss (the *forward pass*), and then walks back from
+# the loss, multiplying slopes as it goes (the *backward pass*). The trick is that the -2 is found
+# once, and serves every parameter that z depends on. Where a number is used in several places, its
+# slopes add up: 3 * w + 2 * w has slope 5.
 
 # %% 6. Attention
 #
-# From here on we build the model. We pass its sizes to all its parts in one object.
+# From here on we build the model, from the inside out. This is where we are going:
+#
+#     tokens                                    (B, T)
+#       |   two tables turn each token and its
+#       |   position into a vector              (B, T, n_emb)      section 8
+#       v
+#     block: attention, then an MLP             (B, T, n_emb)      sections 6 and 7
+#       |   ... n_layers of these, each working on what the one before has left
+#       v
+#     block                                     (B, T, n_emb)
+#       |   one more table turns each vector
+#       |   into a score for each token         (B, T, V)          section 8
+#       v
+#     logits
+#
+# So inside the model each position has a *vector*, a list of n_emb numbers, which at first
+# describes no more than its own character and its own place. Only attention ever moves anything
+# from one position to another. All the rest works on each vector by itself.
+#
+# GPT-2 is the half of the original transformer that writes (*decoder-only*). All its parts get
+# their sizes in one object:
 
 
 @dataclass  # writes __init__ for us
@@ -287,142 +374,184 @@ class GPTConfig:
     """The sizes of a model, and its dropout."""
 
     vocab_size: int
-    ctx_len: int
-    n_emb: int
+    ctx_len: int  # elsewhere: context window, or block size
+    n_emb: int  # d_model
     n_heads: int
     n_layers: int
     dropout: float
 
 
-# Inside the model, each position has a *vector*, a list of n_emb numbers. At first it describes
-# only this position's own character and place (section 8). To predict what comes next, a position
-# needs information from those before it. The simplest way to get it is to average their vectors
-# with its own. Here are the *attention weights*, the shares in the average, for three positions.
-# (They are not parameters.) Each row belongs to the position that looks, and each column to one
-# that it looks at:
+# You have read "What is the cou", and you want to guess what comes next. The "u" alone says little.
+# Knowing that "co" came before it says a lot. How can a position get at what stands before it? The
+# dumbest way is to average: replace each vector by the mean of its own and all earlier ones. As
+# weights in a table, with a row for each position that asks and a column for each one that answers:
 #
 #     1    0    0          = softmax(0, -inf, -inf)
 #     1/2  1/2  0          = softmax(0,    0, -inf)
 #     1/3  1/3  1/3        = softmax(0,    0,    0)
 #
-# The numbers that go into softmax here are called *scores*. Equal scores get equal weights, and a
-# score of -inf gets no weight, because exp(-inf) = 0. The -infs form the *causal mask*. It hides
-# the future, which holds the very answer we ask for. A model that saw it would learn to copy, but
-# during generation there is nothing on the right to copy.
+# The zeros in the upper right corner are there for a reason. The position to the right holds the
+# very answer that we ask for. A model that saw it would learn to copy and nothing else, and when it
+# has to write, there is nothing to its right to copy. Hence the right-hand side: softmax turns
+# equal numbers into equal weights, and -inf into a weight of exactly 0, because exp(-inf) = 0.
+# Where to put the -inf is the *causal mask*:
+
+
+def causal_mask(T, S):
+    """(T, S) booleans: whether position j comes after position i, and must be hidden from it.
+
+    Until section 9, T = S. There, the T rows belong to the last T of S positions.
+
+    >>> print(np.array(causal_mask(3, 3)))
+    [[False  True  True]
+     [False False  True]
+     [False False False]]
+    """
+    i = mx.arange(S - T, S)[:, None]  # (T, 1): a column
+    j = mx.arange(S)  # (S,): a row
+    return j > i  # (T, S): by *broadcasting*, the column and the row are both stretched to a table
+
+
+# An average treats all alike, so for "u" the "W" far away would count as much as the "o" next to
+# it. We want each position to choose whom it listens to. Therefore the zeros become *scores*: if
+# the score of another position is high, softmax gives it much of the weight, and we *attend to* it.
 #
-# *Self-attention* keeps the mask and computes the other scores from the vectors themselves, by two
-# operations. The *dot product* of two vectors is the sum of the products of their entries: (1, 2)
-# and (3, 4) give 1 * 3 + 2 * 4 = 11. It is large if the two point the same way. The product x @ M
-# of a vector and a *matrix*, a table of numbers, is a new vector: the dot products of x with each
-# column of M. If x is a matrix itself, this is done with each of its rows. Three matrices of
-# parameters turn each vector into three shorter ones, of head_size numbers:
+# What should the score be? Something that can be computed from the two vectors, and that learning
+# can shape. A simple measure of how well two vectors agree is their *dot product*: multiply entry
+# by entry, and add up.
 #
-#     *query*    what I am looking for           *key*      what others can find me by
+#     (1, 2) and (3, 4):       1 * 3 + 2 * 4  =  11
+#     (1, 2) and (-3, -4):     the same with a minus
+#     (1, 2) and (2, -1):      1 * 2 - 2 * 1  =  0
+#
+# It is large if two long vectors point the same way. But should the score simply be the dot product
+# of the two vectors? No, for then each position would mostly find those like itself, and if "u"
+# attended to "o", "o" would attend to "u" just as much. What "u" asks for ("which letters stand
+# before me?") is not what "u" has to offer ("I am a vowel, the third letter of a word"). And what
+# it gives to those who find it may be something else again. So each position gets three vectors:
+#
+#     *query*    what I am looking for
+#     *key*      what others can find me by
 #     *value*    what I pass on to those who find me
 #
-# The score of one position for another is the dot product of its query and the other's key. So
-# q @ k.mT computes all scores at once (.mT turns rows into columns). They are divided by
-# sqrt(head_size), for a reason given below. Softmax turns each row of scores into attention
-# weights, and weights @ v averages the values.
+# All three are made from its vector, by a *matrix* of parameters each. A matrix is a table of
+# numbers, and the *matrix product* x @ M of a vector with it is a new vector, which holds the dot
+# products of x with each column of M. So every number in a query is the answer to a question about
+# x, and learning decides on the questions. If x has many rows, x @ M does this to each of them.
+#
+# The score of position i for position j is the dot product of i's query and j's key. To get all
+# scores at once, we need the dot product of each row of q with each row of k. A matrix product goes
+# by columns, so k is first *transposed*: k.mT is k with its rows turned into columns, and q @ k.mT
+# is the table of all scores.
 
 
 def attention_weights(q, k):
     """softmax(q @ k.mT / sqrt(head_size)), with the future masked.
 
     q is (..., T, head_size), k is (..., S, head_size), and the result is (..., T, S), with a row
-    for each query and a column for each key. Each row sums to 1. The dots stand for any leading
-    axes. In training, T = S. In section 10, the T queries belong to the last T of S positions.
-    (Vaswani et al., Attention Is All You Need, 2017, equation 1)
+    for each query and a column for each key. The dots stand for any axes before these. Elsewhere,
+    head_size is called d_k. With the values this is *scaled dot-product attention*, weights @ v
+    (Vaswani et al., 2017, equation 1).
 
-    >>> q = mx.array([[1.0, 0.0], [3.0, 0.0], [0.0, 3.0]])  # T = 3 positions, head_size = 2
+    Here are three positions, whose queries and keys have two numbers each:
+
+    >>> q = mx.array([[1.0, 0.0], [3.0, 0.0], [0.0, 3.0]])
     >>> k = mx.array([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
-    >>> v = mx.array([[10.0, 0.0], [0.0, 10.0], [5.0, 5.0]])
+    >>> print(np.array(q @ k.mT))
+    [[1. 0. 1.]
+     [3. 0. 3.]
+     [0. 3. 3.]]
     >>> weights = attention_weights(q, k)
     >>> print(np.array(weights).round(2))
     [[1.   0.   0.  ]
      [0.89 0.11 0.  ]
      [0.06 0.47 0.47]]
+
+    The first position can only attend to itself. The query of the second, (3, 0), agrees with the
+    first key. (It agrees with the third just as well, but that one is in the future.) The third
+    attends to the second and to itself. Now everyone collects values in these proportions:
+
+    >>> v = mx.array([[10.0, 0.0], [0.0, 10.0], [5.0, 5.0]])
     >>> print(np.array(weights @ v).round(1))
     [[10.   0. ]
      [ 8.9  1.1]
      [ 2.9  7.1]]
-
-    The second query, (3, 0), fits the first key, (1, 0), so the second position mostly gets the
-    first value. The third one gets 0.06 of (10, 0), 0.47 of (0, 10), and 0.47 of (5, 5).
     """
     T, S = q.shape[-2], k.shape[-2]
-    scores = q @ k.mT / math.sqrt(q.shape[-1])  # (..., T, S)
-    # [:, None] makes a column of the T positions that look. Comparing it with a row of S positions
-    # stretches both to (T, S), by *broadcasting*. For T = S = 2:
-    # [[0], [1]] < [0, 1] is [[False, True], [False, False]]. True is what must not be seen.
-    is_later = mx.arange(S - T, S)[:, None] < mx.arange(S)  # (T, S)
-    scores = mx.where(is_later, -mx.inf, scores)  # (..., T, S)
-    return mx.softmax(scores, axis=-1)  # along each row
+    scores = q @ k.mT  # (..., T, S)
+    scores = scores / math.sqrt(q.shape[-1])
+    scores = mx.where(causal_mask(T, S), -mx.inf, scores)
+    return mx.softmax(scores, axis=-1)  # (..., T, S): each row sums to 1
 
 
-# Why are the scores *scaled*, that is, divided by sqrt(head_size)? The *variance* of numbers with
-# mean 0 is the mean of their squares. Its square root, the *standard deviation*, says how large
-# they typically are. Suppose the entries of queries and keys are independent, with mean 0 and
-# variance 1. Then each product in a score has variance 1, too, and the variances of independent
-# numbers add up (two facts of statistics). A score is a sum of head_size products, so it has
-# variance head_size, and is typically sqrt(head_size) away from 0. If one score is that large and
-# another is 0, the first takes nearly all of the weight (softmax *saturates*):
+# One line needs defending. Why divide by sqrt(head_size)? The more numbers a query and a key have,
+# the larger their dot product tends to be, and large scores bring learning to a halt.
+#
+# How large, then? If the numbers in both are random, with mean 0 and typical size 1, then so are
+# their products. A score adds up head_size of them. Since they are as often negative as positive,
+# they mostly cancel, but not quite: what is left is typically sqrt(head_size) in size. (For random
+# numbers it is the squares that add up. The mean square is the *variance*, and its root the
+# *standard deviation*, which is what we call typical size.) Suppose one score is that large, and
+# another is 0:
 #
 #     head_size              1        8        32       128
 #     sqrt(head_size)        1        2.83     5.66     11.31
 #     softmax(that, 0)[0]    0.731    0.944    0.997    1.000
 #
-# At 1.000 a nudge to any score changes next to nothing. With hardly any gradient, queries and keys
-# hardly learn. With scores divided by the root, we get 0.731 for any head_size. (Experiment 9 in
-# the README leaves the root out.)
+# The larger the head, the closer the winner comes to taking everything: softmax *saturates*. Out at
+# 1.000, to nudge a score changes next to nothing, hence there is hardly a slope to follow, and
+# queries and keys stop learning. Divided by the root, it is 0.731 whatever the size. Does a model
+# as small as ours need it? Make a guess, and then see the experiment in the README.
 #
-# All this together is an attention *head*. It makes one average for each position, so it can look
-# for one kind of thing. We want n_heads of them, to look for several kinds. Each head reads the
-# whole vector, but its queries, keys, and values have only head_size = n_emb / n_heads numbers. The
-# heads' outputs are *concatenated*, which gives n_emb numbers again.
+# What we have now is one attention *head*. At each position it forms one average, so it can look
+# for one thing at a time: the letter before this one, perhaps, or where the word began, or who is
+# speaking. A good guess needs all three. So we let n_heads of them work side by side, each with its
+# own queries, keys, and values of head_size = n_emb / n_heads numbers, and put what they find back
+# together into n_emb numbers. (Section 11 shows what the heads of a trained model look for.)
 #
-# In MLX, a part of a model is a class derived from nn.Module, and calling the object runs its
-# __call__ method.
+# In MLX, a part of a model is a class derived from nn.Module. Calling the object runs its __call__
+# method. One thing to know before you write your own: a Module takes every array that you assign to
+# an attribute for a parameter, and trains it. If it is a constant, such as a mask or a table of
+# sines, let its name begin with an underscore.
 
 
 class MultiHeadAttention(nn.Module):
     """Causal multi-head self-attention: (B, T, n_emb) to (B, T, n_emb).
 
-    One matrix holds the query matrices of all heads side by side. It computes all queries at once,
-    an array of shape (B, T, n_emb), which is then split by head. Keys and values work the same way.
-    The @ operator works on the last two axes and is repeated over all axes before them. So heads
-    must come before positions:
+    *Self*, because queries, keys, and values all come from the same text. The query matrices of all
+    heads stand side by side in one large matrix, which computes all queries at once. They are then
+    split by head, and so are keys and values. The @ operator works on the last two axes of an
+    array, and repeats this for all axes before them, so heads must come before positions:
 
         (B, n_heads, T, head_size) @ (B, n_heads, head_size, T) = (B, n_heads, T, T)
 
-    MLX has this as one fast function, mx.fast.scaled_dot_product_attention. We write it out because
-    it is what we came to see, and because the fast function does not return the weights that --look
-    draws.
+    MLX has all this as one fast function, mx.fast.scaled_dot_product_attention. But it has no
+    dropout and keeps the weights to itself, and they are what we came to see.
     """
 
     def __init__(self, config):
         super().__init__()
-        self.n_heads = config.n_heads
+        assert config.n_emb % config.n_heads == 0, "n_emb must be a multiple of n_heads"
+        self.head_size = config.n_emb // config.n_heads
         # nn.Linear(n, m) turns vectors of n numbers into vectors of m numbers: it multiplies by a
-        # matrix and adds m more parameters, called *biases*.
+        # matrix and adds m more parameters, the *biases*.
         self.q_proj = nn.Linear(config.n_emb, config.n_emb)
         self.k_proj = nn.Linear(config.n_emb, config.n_emb)
         self.v_proj = nn.Linear(config.n_emb, config.n_emb)
-        self.c_proj = nn.Linear(config.n_emb, config.n_emb)  # projection: mixes what heads found
-        # (The bias of k_proj has no effect. It adds the same number, the dot product of query and
-        # bias, to all scores in a row, which leaves softmax unchanged. GPT-2 has it anyway.)
-        #
-        # *Dropout* sets a random fraction of its input to 0 and scales up the rest to make up for
-        # it. Then no part of the model can rely on any single number, which makes memorizing
-        # harder. It acts only in training: model.train() turns it on; model.eval() turns it off.
+        self.c_proj = nn.Linear(config.n_emb, config.n_emb)  # mixes what the heads have found
+        # *Dropout* sets a random fraction of its input to 0, and scales up the rest to make up for
+        # it. It sounds like sabotage, and it is: no part can rely on any single number, which makes
+        # memorizing hard. (What makes overfitting harder is called *regularization*.) It acts only
+        # in training: model.train() turns it on, and model.eval() off.
         self.attn_dropout = nn.Dropout(config.dropout)
-        self.resid_dropout = nn.Dropout(config.dropout)  # residual: section 7
+        self.resid_dropout = nn.Dropout(config.dropout)  # residual: see section 7
 
     def split_heads(self, x):
         """(B, T, n_emb) to (B, n_heads, T, head_size).
 
-        The transpose at the end matters: it puts the axes in this order. Here four positions
-        have two numbers each, for two heads of size 1. Each printed row belongs to a head.
+        The reshape cuts each vector into pieces, one for each head. The transpose then sorts them
+        by head. Leave it out, and you get the right shape with the wrong numbers in it. Here are
+        four positions with two numbers each, for two heads of size 1. Each printed row is a head.
 
         >>> x = np.arange(8).reshape(4, 2)  # the positions have (0, 1), (2, 3), (4, 5), (6, 7)
         >>> print(x.reshape(4, 2, 1).transpose(1, 0, 2)[:, :, 0])  # right: a part of each position
@@ -432,43 +561,52 @@ class MultiHeadAttention(nn.Module):
         [[0 1 2 3]
          [4 5 6 7]]
         """
-        B, T, n_emb = x.shape
-        x = x.reshape(B, T, self.n_heads, n_emb // self.n_heads)  # (B, T, n_heads, head_size)
+        B, T, _ = x.shape
+        x = x.reshape(B, T, -1, self.head_size)  # (B, T, n_heads, head_size): -1 is what is left
         return x.transpose(0, 2, 1, 3)  # (B, n_heads, T, head_size)
 
     def __call__(self, x, cache=None):
         q = self.split_heads(self.q_proj(x))  # (B, n_heads, T, head_size)
         k = self.split_heads(self.k_proj(x))  # (B, n_heads, T, head_size)
         v = self.split_heads(self.v_proj(x))  # (B, n_heads, T, head_size)
-        # (To try rotary position embeddings (RoPE), rotate q and k here. The first position is
-        # cache.offset, or 0 without a cache.)
-        if cache is not None:  # only in section 10: keys and values of earlier positions
+        if cache is not None:  # only in section 9: adds keys and values of earlier positions
             k, v = cache.update_and_fetch(k, v)  # (B, n_heads, S, head_size)
         weights = attention_weights(q, k)  # (B, n_heads, T, S)
         out = self.attn_dropout(weights) @ v  # (B, n_heads, T, head_size)
         out = out.transpose(0, 2, 1, 3)  # (B, T, n_heads, head_size)
         out = out.reshape(x.shape)  # (B, T, n_emb): the heads side by side
-        return self.resid_dropout(self.c_proj(out))
+        return self.resid_dropout(self.c_proj(out))  # (B, T, n_emb)
 
+
+# A curiosity: the bias of k_proj has no effect whatever. It adds the same number (the dot product
+# of query and bias) to all scores in a row, and softmax does not notice. GPT-2 has it all the same.
+# The smallest of OpenAI's models carries 9,216 of these numbers, trained with care and good for
+# nothing.
 
 # %% 7. MLP and block
 #
-# Attention moves information between positions. Then the *MLP* (multilayer perceptron, also called
-# a feed-forward network) works on what has arrived, at each position by itself. It is two linear
-# layers (nn.Linear) with an *activation function* between them, one whose graph is not a straight
-# line. Without it the two could do no more than one: (x @ M) @ N = x @ (M @ N), and M @ N is just
-# another matrix. Many functions would do. The simplest, max(0, x), is called *ReLU*. GPT-2 uses
-# *GELU*, which is smooth: x times the probability that a standard normal random number (bell curve,
-# mean 0, variance 1) is below x.
-# (Hendrycks and Gimpel, Gaussian Error Linear Units, 2016)
+# Attention lets the positions talk to one another, but it can only average. It cannot conclude
+# anything from what it has heard: that after "q" comes "u", say, unless this is the end of a word.
+# That is the job of the *MLP* (multilayer perceptron, also called feed-forward network). It works
+# on each position by itself, and is two linear layers with a *hidden layer* of 4 * n_emb numbers
+# between them.
+#
+# Two linear layers alone could do no more than one: (x @ M) @ N is x @ (M @ N), and M @ N is just
+# another matrix. Therefore a *nonlinearity* (or activation function) goes in between, any function
+# whose graph is not a straight line. The simplest is *ReLU*, max(0, x). GPT-2 uses *GELU*, much the
+# same with the corner rounded off: x times the probability that a random number from the bell curve
+# (mean 0, variance 1) is below x.
 #
 #     x           -3       -0.75    0        1        3
 #     gelu(x)     -0.004   -0.170   0        0.841    2.996
 #
-# The first layer, c_fc ("fully connected"), makes 4 * n_emb numbers, like answers to that many
-# small questions about the vector. The second, c_proj, combines the answers into a change of the
-# vector. The factor of 4 is a convention, and the c_ is left over from GPT-2's code. GPT-2 computes
-# GELU by a formula that is off by less than 0.0005. In MLX it is called gelu_approx.
+# Think of each number in the hidden layer as a small question about the vector. ("Are we in a name,
+# in capitals?") The first layer, c_fc, asks them all. GELU turns a clear no into nearly 0 and lets
+# a yes pass, and c_proj translates what was answered into a change to the vector.
+#
+# (The factor of 4 is a convention. The names are GPT-2's: fc for fully connected, and the c_ is
+# left over from its code. There, GELU is computed by a formula that is off by less than 0.0005,
+# which in MLX is called gelu_approx. Hendrycks and Gimpel, 2016)
 
 
 class MLP(nn.Module):
@@ -485,31 +623,31 @@ class MLP(nn.Module):
         return self.dropout(self.c_proj(x))  # (B, T, n_emb)
 
 
-# A *block* is one attention layer and one MLP. (n_layers counts the blocks.)
+# First the positions talk, then each of them thinks: attention and an MLP together are a *block*.
 #
 #     x ---+---------------------->(+)---+---------------->(+)---> x
 #          |                        ^    |                  ^
 #          +--> ln_1 --> attention -+    +--> ln_2 --> MLP -+
 #
-# What a layer computes is added to x and does not replace it (a *residual* or *skip connection*).
-# So a layer only has to learn what to change. The vector that flows straight through all blocks is
-# called the *residual stream*. It also carries the gradient back to the first block. In a plain
-# chain of layers, slopes multiply: after twelve layers with slopes of 1/2, only 1/4096 of the
-# gradient is left (*vanishing gradient*). But the slope of x + f(x) is 1 plus the slope of f.
-# Thanks to the 1, the gradient also has a path along the stream that no layer shrinks.
-# (He et al., Deep Residual Learning for Image Recognition, 2015)
+# Look at the line that runs straight through. What a layer computes does not replace x, it is added
+# to x (a *residual connection*), so a layer needs to learn only what to change. The vector that
+# travels along this line, from the first block to the last, is called the *residual stream*. It is
+# a road for the gradient as well. In a plain chain of layers slopes multiply: after twelve layers
+# with slopes of 1/2, only 1/4096 of the gradient reaches the first one (*vanishing gradient*). But
+# x + f(x) has the slope 1 + f'(x). Thanks to the 1, part of the gradient passes every layer as if
+# it were not there. (He et al., 2015)
 #
-# As layer after layer adds to it, the stream grows. With it, the scores in attention would grow
-# until softmax saturated. *LayerNorm* keeps the input of each layer at the same scale. It shifts
-# and scales each vector, independently of the others, to mean 0 and variance 1:
+# There is a price. As layer after layer adds to it, the stream grows, and scores computed from it
+# would grow until softmax saturated. So each layer first passes its input through a *LayerNorm*. It
+# shifts and scales each vector, whatever its size, to mean 0 and variance 1:
 #
 #     x                                   1        2        6
 #     minus the mean, 3                  -2       -1        3
 #     divided by the root of 14/3        -0.93    -0.46     1.39        14/3 = (4 + 1 + 9) / 3
 #
-# Then it multiplies each number by a learned *gain* and adds a learned bias. In GPT-2 it sits at
-# the start of each side branch, not on the stream itself (*pre-norm*).
-# (Ba et al., Layer Normalization, 2016)
+# Then it multiplies each number by a *gain* and adds a bias, both of them learned, in case that was
+# too much of a good thing. In GPT-2 it stands at the start of each side branch (*pre-norm*); the
+# original transformer had it on the stream itself and was harder to train. (Ba et al., 2016)
 
 
 class Block(nn.Module):
@@ -523,36 +661,38 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def __call__(self, x, cache=None):
-        x = x + self.mha(self.ln_1(x), cache)
-        x = x + self.mlp(self.ln_2(x))
+        x = x + self.mha(self.ln_1(x), cache)  # (B, T, n_emb)
+        x = x + self.mlp(self.ln_2(x))  # (B, T, n_emb)
         return x
 
 
 # %% 8. GPT
 #
-# How does a character become a vector? The model has a table, the *token embedding* wte, with a row
-# of n_emb learned numbers for each token. It simply looks the row up. Characters that behave alike
-# get similar rows.
+# Two ends are still open: how a token becomes a vector, and how a vector becomes logits.
 #
-# The vector must also say where the character stands. A weighted average ignores order. Without
-# positions, the first attention layer would give the "a" of "tea" and the "a" of "eta" the same
-# output: each averages over an e, a t, and an a. So there is a second table, the *position
-# embedding* wpe, with a row for each position, and the two rows are added. This is why the model
-# cannot see more than ctx_len characters: wpe has no more rows.
+# The first is almost disappointing. The model has a table, the *token embedding* wte, with a row of
+# n_emb numbers for each token, and looks the row up. The rows start out random and are learned like
+# everything else, and characters that behave alike end up with similar rows.
 #
-# After the blocks come a last LayerNorm, ln_f ("final"), and the *output head* (not to be confused
-# with attention heads), which makes the logits. The logit of a token is the dot product of the
-# position's vector with that token's row of wte: a vector that resembles the row predicts the
-# token. Using one table at both ends saves parameters and works well (*weight tying*; Press and
-# Wolf, Using the Output Embedding to Improve Language Models, 2016).
+# But the vector must say where the character stands as well. A weighted average knows no order: in
+# the first attention layer, the "a" of "tea" and the "a" of "eta" would get the same, as each
+# averages over an e, a t, and an a. So there is a second table, the *position embedding* wpe, with
+# a row for each position, and the two rows are added. (Added, not put side by side? With so many
+# numbers in a vector, the model finds room for both.) This is why it cannot see more than ctx_len
+# characters: wpe has no more rows.
 #
-# The matrices start out random. If all their entries were equal, the numbers that a layer makes
-# would also be equal, get equal gradients, and stay equal: many numbers doing the work of one. The
-# weights start small, so that all probabilities are nearly equal, and the model does not first have
-# to unlearn a wrong preference. The first loss must be close to ln vocab_size, or something is
-# wrong.
-# (It is a little above: the stream contains the current token's own row of wte, and the dot product
-# of a row with itself is always positive. So the model slightly favors repeating that token.)
+# At the other end, after the blocks and one last LayerNorm, ln_f, stands the *output head*, which
+# has nothing to do with attention heads. The logit of a token is the dot product of the vector with
+# that token's row of wte. So the model predicts "e" by making its vector resemble the row of "e".
+# Using the same table at both ends saves parameters and works well (*weight tying*; Press and Wolf,
+# 2016). If you train on a text of your own, its vocabulary is another, and so is this table: a
+# model knows only the characters it was made for.
+#
+# How should the parameters begin? If all were equal, all numbers that a layer computes would be
+# equal, would get equal gradients, and would stay equal forever, many numbers doing the work of
+# one. So the matrices begin at random, and small, so that at first no token is preferred much.
+# Hence a good test: the first loss must lie close to ln vocab_size (and a little above, since even
+# small logits are not all equal). An honest beginner knows nothing, and says so.
 
 
 class GPT(nn.Module):
@@ -566,24 +706,27 @@ class GPT(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = [Block(config) for _ in range(config.n_layers)]
         self.ln_f = nn.LayerNorm(config.n_emb)
-        # parameters() is a tree (nested dicts and lists) of arrays. tree_map_with_path calls
-        # init_weight(name, array) for each, and update() puts the results in their place.
-        self.update(tree_map_with_path(self.init_weight, self.parameters()))
+        # The parameters form a tree of arrays (dicts and lists, one inside another, as above). This
+        # calls init_weight(name, array) for each array, and puts the results in their place.
+        self.update(tree_map_with_path(self.init_weight, self.trainable_parameters()))
 
     def init_weight(self, name, weight):
-        """The initial value of the parameter with this name, such as blocks.0.mha.c_proj.weight.
+        """The initial value of a parameter, by its name, such as blocks.0.mha.c_proj.weight.
 
-        It replaces MLX's own initial values, including those of layers you add.
+        It replaces MLX's own initial values, and those of layers that you add. Raises ValueError
+        for a name that it has no rule for.
         """
-        if name.endswith("bias"):
+        if name.endswith(".bias") and weight.ndim == 1:
             return mx.zeros_like(weight)
+        if not name.endswith(".weight"):
+            raise ValueError(f"init_weight has no rule for {name}, of shape {weight.shape}: add "
+                             f"one, or, if it is a constant, begin its name with _")
         if weight.ndim == 1:  # the gains of LayerNorm
             return mx.ones_like(weight)
         std = 0.02  # GPT-2's standard deviation (but OpenAI's code has 0.01 for wpe)
         if name.endswith("c_proj.weight"):
             # Each block adds the outputs of two c_proj layers to the residual stream. A sum of N
-            # independent numbers is typically sqrt(N) times as large as each. Dividing by sqrt(N)
-            # makes up for it.
+            # independent numbers is typically sqrt(N) times as large as each, so we divide by that.
             std = 0.02 / math.sqrt(2 * self.config.n_layers)
         return mx.random.normal(weight.shape, scale=std)
 
@@ -591,7 +734,7 @@ class GPT(nn.Module):
         if caches is None:
             caches = [None] * len(self.blocks)
             start = 0
-        else:  # only in section 10: the positions before `start` have been read already
+        else:  # only in section 9: the positions before `start` have been read already
             start = caches[0].offset
         end = start + tokens.shape[1]
         if end > self.config.ctx_len:
@@ -599,10 +742,37 @@ class GPT(nn.Module):
         positions = mx.arange(start, end)  # (T,)
         x = self.wte(tokens) + self.wpe(positions)  # (B, T, n_emb) + (T, n_emb)
         x = self.dropout(x)
-        for i, block in enumerate(self.blocks):
-            x = block(x, caches[i])  # (B, T, n_emb)
+        for block, cache in zip(self.blocks, caches, strict=True):
+            x = block(x, cache)  # (B, T, n_emb)
         x = self.ln_f(x)
         return self.wte.as_linear(x)  # x @ wte.T: (B, T, vocab_size)
+
+
+# That was all of it. Leave out dropout and the cache, and GPT-2 fits on one screen:
+
+
+def forward_pass(model, tokens):
+    """What model(tokens) computes, from beginning to end: (B, T) to (B, T, vocab_size).
+
+    >>> model = GPT(GPTConfig(65, ctx_len=8, n_emb=16, n_heads=4, n_layers=2, dropout=0.0))
+    >>> tokens = mx.array([[18, 47, 56, 57, 58]])
+    >>> mx.allclose(forward_pass(model, tokens), model(tokens), atol=1e-5).item()
+    True
+    """
+    positions = mx.arange(tokens.shape[1])  # (T,)
+    x = model.wte(tokens) + model.wpe(positions)  # (B, T, n_emb)
+    for block in model.blocks:
+        mha, mlp = block.mha, block.mlp
+        normed = block.ln_1(x)  # (B, T, n_emb)
+        q = mha.split_heads(mha.q_proj(normed))  # (B, n_heads, T, head_size)
+        k = mha.split_heads(mha.k_proj(normed))
+        v = mha.split_heads(mha.v_proj(normed))
+        heads = attention_weights(q, k) @ v  # (B, n_heads, T, head_size)
+        heads = heads.transpose(0, 2, 1, 3).reshape(x.shape)  # (B, T, n_emb)
+        x = x + mha.c_proj(heads)  # (B, T, n_emb)
+        hidden = nn.gelu_approx(mlp.c_fc(block.ln_2(x)))  # (B, T, 4 * n_emb)
+        x = x + mlp.c_proj(hidden)  # (B, T, n_emb)
+    return model.ln_f(x) @ model.wte.weight.T  # (B, T, vocab_size)
 
 
 # With the default settings and 65 characters, the parameters are
@@ -620,178 +790,83 @@ class GPT(nn.Module):
 #
 # So nearly all of them are in the blocks, and two thirds of a block is its MLP. The smallest GPT-2
 # has n_emb = 768, 12 heads, 12 blocks, ctx_len = 1024, and 50,257 tokens: 124 million parameters.
-# It differs from this model only in size, tokens, and training, so OpenAI's weights can be loaded
-# into this class. The README shows how.
-# (Radford et al., Language Models are Unsupervised Multitask Learners, 2019)
+# It differs from ours only in size, tokens, and training, so OpenAI's weights can be loaded into
+# this very class; the README shows how. (Radford et al., 2019)
 
 
 def count_parameters(model):
     """The number of parameters.
 
-    >>> count_parameters(GPT(GPTConfig(65, 128, 128, 4, 3, dropout=0.0)))
+    >>> count_parameters(GPT(GPTConfig(65, ctx_len=128, n_emb=128, n_heads=4, n_layers=3,
+    ...                                dropout=0.0)))
     619776
     """
     return sum(weight.size for _, weight in tree_flatten(model.parameters()))
 
 
-# %% 9. Training
-#
-# A training step takes a batch and moves every parameter against its gradient. The gradient of the
-# batch is the mean over its examples: what would help only one of them mostly cancels out, and what
-# helps many remains. Since the batch is random, this is *stochastic* gradient descent.
-#
-# How far should a parameter move? Plain steps of lr * gradient, as in section 5, rarely suit all
-# parameters: gradients differ in size by orders of magnitude. *Adam* brings them to one scale. For
-# each parameter it keeps two moving averages, the first and second *moments*: m of its gradient g,
-# and v of the square of g. (This v has nothing to do with values.)
-#
-#     m = beta1 * m + (1 - beta1) * g
-#     v = beta2 * v + (1 - beta2) * g * g
-#     w = w - lr * m / sqrt(v)
-#
-# sqrt(v) is the typical size of g, so dividing by it cancels the size. As long as g stays the same,
-# whether it is 0.001 or 10, m / sqrt(v) is 1, and w moves by lr. If g alternates between 1 and -1,
-# the terms of m mostly cancel while v stays 1, and the ratio is only 0.05. With random signs it is
-# typically 0.23. So a parameter on which the batches disagree moves little. (m and v start at 0, so
-# they are too small at first. *Bias correction* scales them up. A tiny number added to sqrt(v)
-# avoids division by 0.)
-#
-# AdamW adds *weight decay*: each step also shrinks w by lr * weight_decay * w. So a weight stays
-# large only if its gradient keeps it large. With large weights, a model can react sharply to small
-# details, which can help it to memorize. (Kingma and Ba, Adam, 2014; Loshchilov and Hutter,
-# Decoupled Weight Decay Regularization, 2017)
+# You will want to change the model, and to see whether the loss gets better. Beware if it gets
+# wonderful. Forget the mask, or one transpose, and positions see the answers. Training is then
+# quick to find out, and reports a loss that no honest model reaches. This function notices, and
+# train() calls it with each report.
 
 
-def make_optimizer(total_steps):
-    r"""AdamW for a run of total_steps steps, with *warmup* and *linear decay* of the learning rate:
+def sees_the_future(model):
+    """Whether a prediction depends on a later token, in which case its loss means nothing.
 
-        lr           /\
-                   /    `-.
-        0        /          `-.
-                 0  warmup     total_steps
+    If the last token changes, only the last prediction may change:
 
-    Early on, m and v come from only a few noisy gradients. In the first step, m / sqrt(v) is 1 or
-    -1, however small g is. Without warmup, every parameter would move by the full lr in a mostly
-    random direction. At the end, a constant rate would keep the parameters jumping around the goal,
-    since m / sqrt(v) does not shrink with the gradients.
+    >>> sees_the_future(GPT(GPTConfig(65, ctx_len=8, n_emb=16, n_heads=4, n_layers=2, dropout=0.5)))
+    False
     """
-
-    # AdamW calls this in each step. If you try another schedule: step is an unsigned mx.array, so
-    # step - 100 would wrap around below 0. The result must be an mx.array, too. For half a cosine
-    # wave:
-    #     fall = (1 + mx.cos(math.pi * step / total_steps)) / 2
-    # For a constant rate after the warmup: return lr * mx.minimum(rise, 1)
-    def learning_rate(step):
-        rise = (step + 1) / max(1, warmup_steps)
-        fall = mx.maximum(0, 1 - step / total_steps)
-        return lr * mx.minimum(rise, fall)
-
-    # Only the matrices of the blocks are decayed. Biases, gains, and embeddings are left alone.
-    # MultiOptimizer gives the first optimizer what is_decayed picks, and the second one the rest.
-    def is_decayed(name, weight):
-        return name.startswith("blocks") and weight.ndim == 2
-
-    betas = [beta1, beta2]
-    decayed = optim.AdamW(learning_rate, betas, weight_decay=weight_decay, bias_correction=True)
-    others = optim.AdamW(learning_rate, betas, weight_decay=0.0, bias_correction=True)
-    return optim.MultiOptimizer([decayed, others], [is_decayed])
+    model.eval()
+    tokens = mx.zeros((1, model.config.ctx_len), dtype=mx.int32)  # (1, ctx_len)
+    before = model(tokens)  # (1, ctx_len, vocab_size)
+    tokens[:, -1] = model.config.vocab_size - 1  # another last token
+    change = mx.abs(model(tokens) - before)  # (1, ctx_len, vocab_size)
+    return mx.any(change[:, :-1] > 0).item()
 
 
-# Before we write the training step, here are three ideas behind MLX:
+# If you change the model:
 #
-# *Lazy evaluation*. `a + b` computes nothing yet: it adds a node to a *computation graph*. The work
-# is done when a value is needed, by .item() or print, or when mx.eval demands it. So MLX sees a
-# whole step before it computes any of it. A loop that never asked for a value would only grow
-# the graph.
+# - init_weight goes by name. In a layer of your own, call matrices and gains `weight` and biases
+#   `bias`. (nn.PReLU then starts with a slope of 1, doing nothing.) And 0.02 suits the widths that
+#   GPT-2 has: in a narrow model, a layer that multiplies two such outputs, as SwiGLU does, starts
+#   nearly dead unless its matrices begin larger.
+# - make_optimizer (section 10) goes by name as well: all matrices in `blocks` are decayed.
+# - A new size belongs into GPTConfig, last and with a default, so that older files still load.
+# - To turn positions into rotations (RoPE), rotate q and k just before the cache; the position of
+#   the first one is cache.offset, or 0 without a cache.
+# - All numbers are float32, good for about seven digits. The bfloat16 of large models has less than
+#   three: there, 1 + 0.001 is still 1, and gains that begin at 1 never move.
+# - The doctests of forward_pass and count_parameters describe GPT-2, so they will fail, and
+#   rightly.
+
+# %% 9. Generating text
 #
-# *Automatic differentiation*. nn.value_and_grad turns loss_fn into a function that returns the loss
-# and its gradients by backpropagation, in a tree like that of model.parameters().
-#
-# *Compilation*. mx.compile *traces* a function. On the first call, and whenever the inputs have new
-# shapes or types, it runs the Python code and records the operations. Every other call replays the
-# recording. That is faster: Python has nothing to do, and small operations are merged. Inside step,
-# this means:
-#
-#     print("hello")                 prints only during recording
-#     print(loss.item())             fails: during recording, there is no value yet
-#     max_norm, changed later        keeps its old value
-#     dropout                        stays on if it was on in the first call
-#     parameters, m, v, step count   do change: they are in the list `state` below
-#     learning rate, randomness      do change, for the same reason
-#
-# While you experiment with step, return it uncompiled: `return step`. If it fails during recording,
-# some parameters may no longer hold numbers: restart Python.
-
-
-def make_step(model, optimizer, loss_fn):
-    """Returns a function step(x, y), which trains the model on a batch and returns its loss.
-
-    loss_fn is the one from section 5, or another with the same arguments.
-    """
-    loss_and_grad = nn.value_and_grad(model, loss_fn)
-
-    def step(x, y):
-        loss, grads = loss_and_grad(model, x, y)
-        grads = nn.average_gradients(grads)  # over several processes, if there are any (section 13)
-        # *Gradient clipping*: if all gradients together, as one vector, are longer than max_norm,
-        # they are scaled down to it. Otherwise one odd batch would linger in m and v.
-        grads, _ = optim.clip_grad_norm(grads, max_norm)
-        optimizer.update(model, grads)
-        return loss
-
-    # Everything step reads or changes, apart from x and y. In each call, the compiled step takes
-    # the current values from here, and puts the new ones back.
-    state = [model.state, optimizer.state, mx.random.state]
-    return mx.compile(step, inputs=state, outputs=state)
-
-
-# A training run is then just this. (The real loop, in section 13, also saves and reports.)
-#
-#     for epoch in range(num_epochs):
-#         model.train()  # dropout on for the first call of step, and for an uncompiled step
-#         for x, y in get_batches(train_tokens, ctx_len, batch_size, rng):
-#             loss = step(x, y)
-#             mx.eval(loss, model.state, optimizer.state)
-#         print(evaluate(model, val_tokens, loss_fn))
-#
-# While the loss falls on both sets, keep training. If it falls on the training set and rises on the
-# validation set, the model overfits: use more text, more dropout, fewer epochs, or a smaller model.
-# (We keep the weights of the best epoch and report its loss. Because it is the lowest of several
-# on the same text, it is slightly optimistic. Strictly, you would hold out another part, a *test
-# set*.)
-
-
-def evaluate(model, tokens, loss_fn):
-    """The mean loss over all rows of tokens, in nats per token. Leaves the model in eval mode."""
-    model.eval()  # dropout off
-    total = count = 0
-    for x, y in get_batches(tokens, model.config.ctx_len, batch_size):
-        total += loss_fn(model, x, y).item() * y.size  # the last batch can be smaller
-        count += y.size
-    return total / count
-
-
-# %% 10. Sampling
-#
-# Using a trained model is called *inference*. A language model generates one token at a time, and
-# each is fed back in (*autoregressive* generation):
+# Suppose the model is trained. How does it write? It predicts one token, we append it, and the
+# model reads the longer text (*autoregressive* generation; running a trained model is called
+# *inference*):
 #
 #     for _ in range(100):
 #         logits = model(mx.array([tokens[-ctx_len:]]))  # (1, T, vocab_size)
 #         tokens.append(sample(logits[0, -1]))  # the last position predicts what comes next
 #
-# How do we choose the token? If we always take the most likely one (*greedy decoding*), the text
-# soon starts repeating itself. So we draw one at random, with the model's probabilities. We first
-# divide the logits by a *temperature*: below 1 it makes the choice more cautious, above 1 bolder.
+# What should sample() do? The obvious choice is to take the most likely token each time, which is
+# called *greedy decoding*. Try it: set temperature to 0, and use --sample. The text soon runs in
+# circles, because once it has written a phrase, the same phrase is the likeliest continuation. So
+# we roll dice, loaded with the model's probabilities. The *temperature* decides how much they are
+# loaded. The logits are divided by it, which raises the ratio of any two probabilities to the power
+# 1 / temperature: at 0.5, a ratio of 2 : 1 becomes 4 : 1.
 #
 #     logits             2      1      0
 #     temperature 0.5    0.87   0.12   0.02
 #     temperature 1      0.67   0.24   0.09
 #     temperature 2      0.51   0.31   0.19
 #
-# *Top-k sampling* draws from the k most likely tokens only. Each of the others is unlikely, but
-# there are many, so now and then one would be drawn and derail the text. (Among 65 characters, a k
-# of 40 hardly matters.)
+# And then there is the long tail. Each of the absurd tokens is unlikely, but there are many of
+# them, and once one is drawn, the model must go on from an absurd text. *Top-k sampling* draws from
+# the k most likely tokens only. (Among 65 characters, a k of 40 hardly matters. Among 50,257 tokens
+# it does.)
 
 
 def sample(logits, temperature=1.0, top_k=None):
@@ -806,11 +881,12 @@ def sample(logits, temperature=1.0, top_k=None):
     return candidates[choice].item()
 
 
-# The loop above runs all the text through the model again for each new token. But because of the
-# causal mask, a new token cannot affect earlier positions: their vectors, keys, and values stay the
-# same in every block. So we store the keys and values, in a *KV cache* (key/value cache), and run
-# only the new token through the model. Its query meets all S stored keys. Old queries are not
-# needed again: what they found has already gone into the keys and values of the later blocks.
+# The loop above works, and it is wasteful: for each new character it runs the whole text through
+# the model again. Yet nothing has changed in the old positions. They cannot see the new character
+# (that is what the mask is for), so in every block their keys and values are what they were a
+# moment ago. We keep them in a *KV cache* (key/value cache), and run only the new token through the
+# model. Its query meets the stored keys, so now there are T = 1 queries and S keys. Old queries are
+# of no use any more: what they found has long gone into the keys and values of the later blocks.
 #
 #     what goes through the model     without a cache     with a cache
 #     first, the prompt "To be"       T o _ b e           T o _ b e
@@ -858,189 +934,276 @@ def generate(model, tokens, max_new_tokens, temperature=1.0, top_k=None):
         unread = [token]
         if len(window) > ctx_len:
             # All positions are taken. If we dropped just one token, as the simple loop does, all
-            # the others would move to new positions and have to be read again, for every new token.
-            # Dropping half makes that rare.
+            # others would move to new positions and have to be read again, and that for every new
+            # token. Dropping half makes it rare. The price: for a while, the model remembers less.
             window = window[-max(1, ctx_len // 2) :]  # the newer half
             unread = window
             caches = [KVCache() for _ in model.blocks]
 
 
-# %% 11. Checks and files
-#
-# You have now seen all of GPT-2. What follows puts it to use. This section checks the settings and
-# saves models to files, section 12 shows what a model does, and section 13 has the training loop.
-
-MODEL = "model.safetensors"  # the best weights of this run
-FORMER = "former.safetensors"  # the best weights of the previous run
-CHECKPOINT = "checkpoint.safetensors"  # what --resume needs
-RUN_LOG = "runs.jsonl"  # one line about each finished run
-COMPLETIONS = "completions.txt"  # the text generated at the end of a run
-
-
-class UserError(Exception):
-    """An error the user can fix. main() shows it on one line, without a traceback."""
-
-
-# For each setting: its type, its smallest value, and the value it must stay below. Add a setting of
-# your own here, too (a number; for a switch, 0 or 1). Then it is checked, noted in the run log, and
-# compared by --resume.
-LIMITS = {
-    "ctx_len": (int, 1, math.inf),
-    "n_emb": (int, 1, math.inf),
-    "n_heads": (int, 1, math.inf),
-    "n_layers": (int, 1, math.inf),
-    "dropout": (float, 0, 1),
-    "num_epochs": (int, 1, math.inf),
-    "batch_size": (int, 1, math.inf),
-    "lr": (float, 0, math.inf),
-    "warmup_steps": (int, 0, math.inf),
-    "weight_decay": (float, 0, math.inf),
-    "beta1": (float, 0, 1),
-    "beta2": (float, 0, 1),
-    "max_norm": (float, 0, math.inf),
-    "seed": (int, 0, 2**32),
-    "max_new_tokens": (int, 1, math.inf),
-    "temperature": (float, 0, math.inf),
-    "top_k": (int, 1, math.inf),
-}
-
-
-def check_settings():
-    """The settings of section 1, as a dict. Raises UserError if one cannot be used."""
-    settings = {}
-    for name, (kind, smallest, below) in LIMITS.items():
-        value = globals()[name]  # the variable of that name
-        allowed = (int,) if kind is int else (int, float)  # not True, which isinstance would allow
-        if type(value) not in allowed or not smallest <= value < below:
-            raise UserError(f"{name} = {value!r} must be of type {kind.__name__}, "
-                            f"at least {smallest} and below {below}")
-        settings[name] = value
-    if n_emb % n_heads != 0:
-        raise UserError(f"n_emb = {n_emb} must be a multiple of n_heads = {n_heads}")
-    return settings
-
-
-def changes(old, new):
-    """The differences between two dicts of settings, in words.
-
-    >>> changes({"lr": 0.01, "seed": 0}, {"lr": 0.001, "seed": 0})
-    'lr 0.01 to 0.001'
-    """
-    different = [name for name in new if old.get(name) != new[name]]
-    return ", ".join(f"{name} {old.get(name)} to {new[name]}" for name in different)
-
-
-def unfinished(path):
-    """The name for a file while it is being written.
-
-    Once it is complete, os.replace() gives it its real name. So a run that is stopped in the middle
-    leaves no half-written file under that name. (getpid() keeps the unfinished files of two runs
-    apart. They share the finished ones, so train only one model in a folder at a time. The ending
-    stays, because MLX appends .safetensors to any other.)
-    """
-    path = Path(path)
-    return str(path.with_name(f"unfinished-{os.getpid()}-{path.name}"))
-
-
-def save_text(path, text):
-    """Writes a text file."""
-    Path(unfinished(path)).write_text(text, encoding="utf-8", newline="\n")  # on Windows, too
-    os.replace(unfinished(path), path)
-
-
-def save(path, tree, notes):
-    """Writes a tree of arrays and a dict of notes to a safetensors file.
-
-    Such a file holds arrays by name, so the tree is flattened: the array in tree["a"]["b"] is named
-    "a.b". Raises UserError if it cannot be written.
-    """
-    arrays = dict(tree_flatten(tree))
-    try:
-        mx.save_safetensors(unfinished(path), arrays, {"notes": json.dumps(notes)})
-    except RuntimeError as error:  # the disk is full, for example
-        Path(unfinished(path)).unlink(missing_ok=True)
-        raise UserError(f"{path} could not be saved: {error}") from None
-    os.replace(unfinished(path), path)
-
-
-def load(path):
-    """The tree and the notes that save() wrote. Raises UserError if they cannot be read."""
-    if not os.path.exists(path):
-        raise UserError(f"there is no {path} yet: run python train.py first")
-    try:
-        arrays, metadata = mx.load(path, return_metadata=True)
-        notes = json.loads(metadata["notes"])
-    except (RuntimeError, KeyError, ValueError):
-        raise UserError(f"{path} is damaged, or train.py did not write it") from None
-    return tree_unflatten(arrays), notes
-
-
-def shapes(tree):
-    """The shape of each array in a tree, by its name."""
-    return {name: array.shape for name, array in tree_flatten(tree)}
-
-
-def check_match(path, saved, ours):
-    """Raises UserError unless the tree saved in path has the names and shapes of our tree."""
-    if shapes(saved) != shapes(ours):
-        raise UserError(f"{path} does not match train.py: undo your edits, or train again")
-
-
-def save_model(path, model, tokenizer):
-    """Saves the weights, and beside them what load_model() needs to build the model."""
-    notes = {"config": asdict(model.config), "vocab": "".join(tokenizer.vocab)}
-    save(path, model.parameters(), notes)
-
-
-def load_model(path=MODEL):
-    """A saved model, in eval mode, and its tokenizer. Raises UserError."""
-    weights, notes = load(path)
-    try:
-        config = GPTConfig(**notes["config"])  # the entries of the dict become the arguments
-    except (KeyError, TypeError):
-        raise UserError(f"{path} holds no model that this train.py can load") from None
-    model = GPT(config)
-    check_match(path, weights, model.parameters())
-    model.update(weights)
-    model.eval()
-    return model, CharTokenizer(notes["vocab"])
-
-
-# %% 12. Prompts and pictures
-
-
-def check_prompt(tokenizer, prompt):
-    """Raises UserError at a character that the model does not know."""
-    for char in prompt:
-        if char not in tokenizer.token_of:
-            known = "".join(tokenizer.vocab[:100])
-            raise UserError(f"the model does not know {char!r}, only {known!r}")
-
-
-def first_char(tokenizer):
-    """The default prompt: the first character in the vocabulary, usually the newline."""
-    return tokenizer.vocab[0]
-
-
 def continue_text(model, tokenizer, prompt, length):
-    """Yields `length` characters that continue the prompt. The same seed gives the same text.
+    """Yields `length` tokens that continue the prompt, as strings. The same seed, the same text.
 
-    Sets MLX's random seed and, like generate(), puts the model in eval mode.
+    Raises KeyError for a character that the model does not know.
     """
     mx.random.seed(seed)
-    for token in generate(model, tokenizer.encode(prompt), length, temperature, top_k):
+    tokens = tokenizer.encode(prompt) or [0]  # without a prompt: the first token of the vocabulary
+    for token in generate(model, tokens, length, temperature, top_k):
         yield tokenizer.decode([token])
 
 
-def type_out(prompt):
-    """Prints the prompt, and then each character as the saved model generates it."""
-    check_settings()
-    model, tokenizer = load_model()
-    check_prompt(tokenizer, prompt)
+def type_out(model, tokenizer, prompt):
+    """Prints the prompt, and then each character as the model writes it. Returns what it wrote."""
     print(prompt, end="", flush=True)
-    for char in continue_text(model, tokenizer, prompt or first_char(tokenizer), max_new_tokens):
+    text = ""
+    for char in continue_text(model, tokenizer, prompt, max_new_tokens):
         print(char, end="", flush=True)
+        text += char
     print()
+    return text
+
+
+# %% 10. Training
+#
+# Everything is ready but the model itself, which still knows nothing. A training step takes a
+# batch, finds the gradient of its loss, and moves every parameter a little. The gradient is the
+# mean over all questions in the batch, so what would help with one of them alone mostly cancels
+# out, and what helps with many remains. Because the batches are drawn at random, this is called
+# *stochastic* gradient descent.
+#
+# How far should a parameter move? In section 5 it was learning rate times slope. But here some
+# slopes are a thousand times as large as others, so that any one rate is too high for some and too
+# low for the rest. What can be trusted is whether the slope keeps its sign. *Adam* goes by that.
+# For each parameter it keeps two moving averages, m of the slope g, and v of its square. (They are
+# also called the first and second *moments*. This v has nothing to do with values.)
+#
+#     m = beta1 * m + (1 - beta1) * g
+#     v = beta2 * v + (1 - beta2) * g * g
+#     w = w - lr * m / sqrt(v)
+#
+# As sqrt(v) is the typical size of g, dividing by it cancels the size. If g is the same in each
+# step, be it 0.001 or 10, then m / sqrt(v) is 1, and w moves by the full lr. If g alternates
+# between 1 and -1, the terms of m mostly cancel while v stays 1, and the ratio is only 0.05. With
+# random signs it is typically 0.23. In short: where the batches agree, go ahead; where they
+# quarrel, stay put. (At first m and v are too small, since they start at 0; *bias correction*
+# scales them up. A tiny number is added to sqrt(v), so that nothing is divided by 0. Kingma and Ba,
+# 2014)
+#
+# AdamW adds *weight decay*: each step also shrinks w by lr * weight_decay * w. A weight then stays
+# large only if its gradient keeps insisting. With large weights a model can react sharply to small
+# details, and that is what memorizing takes. (Loshchilov and Hutter, 2017)
+
+
+def make_optimizer(total_steps):
+    r"""AdamW for a run of total_steps steps, with this *learning-rate schedule*:
+
+        lr           /\
+                   /    `-.
+        0        /          `-.
+                 0  warmup     total_steps
+
+    Why does it rise? In the very first step, m / sqrt(v) is 1 or -1, however small g is, so each
+    parameter would move by the full lr on the word of a single batch. During *warmup*, while m and
+    v gather evidence, steps are kept short. And why does it fall? Near the goal the batches quarrel
+    about every parameter, which keeps it jumping around. Only a lower rate lets it settle.
+    """
+
+    # AdamW calls this in each step. If you try another schedule: step is an unsigned mx.array, so
+    # step - 100 would wrap around below 0. The result must be an mx.array, too. For half a cosine
+    # wave:
+    #     fall = (1 + mx.cos(math.pi * step / total_steps)) / 2
+    # For a constant rate after the warmup: return lr * mx.minimum(rise, 1)
+    def learning_rate(step):
+        rise = (step + 1) / max(1, warmup_steps)
+        fall = mx.maximum(0, 1 - step / total_steps)
+        return lr * mx.minimum(rise, fall)
+
+    # Only the matrices of the blocks are decayed. Biases, gains, and embeddings are left alone.
+    # MultiOptimizer gives the first optimizer what is_decayed picks, and the second one the rest.
+    def is_decayed(name, weight):
+        return name.startswith("blocks") and weight.ndim == 2
+
+    betas = [beta1, beta2]
+    decayed = optim.AdamW(learning_rate, betas, weight_decay=weight_decay, bias_correction=True)
+    others = optim.AdamW(learning_rate, betas, weight_decay=0.0, bias_correction=True)
+    return optim.MultiOptimizer([decayed, others], [is_decayed])
+
+
+# Before we write the step itself, it helps to know three things about MLX.
+#
+# It is lazy (*lazy evaluation*). `a + b` computes nothing; it only adds a node to a *computation
+# graph*. The work is done when somebody needs a value: .item(), print, or mx.eval. That lets MLX
+# see a whole step before it computes any of it. The catch is that a loop in which nobody ever asks
+# for a value computes nothing at all, while its graph grows and grows.
+#
+# It differentiates. We never write a backward pass: nn.value_and_grad(model, loss_fn) is a function
+# that returns the loss and the gradient, the latter as a tree like that of the parameters.
+#
+# It compiles. The first time you call a function that went through mx.compile, MLX *traces* it: the
+# Python code runs once, and the operations on arrays are recorded. All later calls replay the
+# recording (until the inputs have other shapes or types). That is faster, since Python is out of
+# the loop and small operations are merged. But it means that Python is out of the loop:
+#
+#     print("hello")                 prints only while MLX records
+#     print(loss.item())             fails: while MLX records, there is no value yet
+#     max_norm, changed later        keeps its old value
+#     dropout                        stays on if it was on in the first call
+#     parameters, m, v, step count   do change: they are in the list `state` below
+#     learning rate, randomness      do change, for the same reason
+#
+# While you experiment inside step, write `return step` in the last line, and it is plain Python
+# again. If it fails while MLX records, the parameters may no longer hold numbers: restart Python.
+
+
+def make_step(model, optimizer):
+    """Returns a function step(x, y), which trains the model on a batch and returns its loss."""
+    loss_and_grad = nn.value_and_grad(model, loss_fn)  # or with a loss of your own
+    world = mx.distributed.init(backend="ring")  # the machines that train together: usually one
+    mine = slice(world.rank(), None, world.size())  # the rows for this machine: with one, all
+
+    def step(x, y):
+        loss, grads = loss_and_grad(model, x[mine], y[mine])
+        grads = nn.average_gradients(grads, world)
+        # *Gradient clipping*: if the gradient as a whole is longer than max_norm, it is scaled down
+        # to that length. Otherwise a single odd batch would linger in m and v.
+        grads, _ = optim.clip_grad_norm(grads, max_norm)
+        optimizer.update(model, grads)
+        return loss
+
+    # Everything step reads or changes, apart from x and y. In each call, the compiled step takes
+    # the current values from here, and puts the new ones back.
+    state = [model.state, optimizer.state, mx.random.state]
+    return mx.compile(step, inputs=state, outputs=state)
+
+
+# How will we know when to stop? While the loss falls on both sets, keep going. If it still falls on
+# the training set but rises on the validation set, the model has begun to memorize: use more text,
+# more dropout or weight decay, or a smaller model. We keep the weights of the epoch that did best
+# (*early stopping*, in its laziest form). To be strict, the loss that we report is then a little
+# flattering, being the lowest of several on the same text. The remedy would be to hold out a third
+# part, the *test set*.
+
+
+def evaluate(model, tokens):
+    """The mean loss over all rows of tokens, in nats per token. Leaves the model in eval mode."""
+    model.eval()  # dropout off
+    total = count = 0
+    for x, y in get_batches(tokens, model.config.ctx_len, batch_size):
+        total += loss_fn(model, x, y).item() * y.size  # the last batch can be smaller
+        count += y.size
+    return total / count
+
+
+# And this is the run, from the file to the finished model. What you have not met yet has a name
+# that says what it does, and follows in section 12, in the same order.
+
+
+def train(resume=False):
+    """Trains a model on input.txt, and saves it after each epoch. Returns the losses of each epoch.
+
+    With resume=True, goes on with an interrupted run. Raises UserError.
+    """
+    check_settings(SETTINGS)
+    text = load_text()
+    tokenizer = CharTokenizer(build_vocab(text))
+    train_tokens, val_tokens = split(np.array(tokenizer.encode(text), dtype=np.int32))
+    train_part = train_tokens[: len(val_tokens)]  # enough to measure the loss on, and faster
+    steps_per_epoch = count_batches(train_tokens, ctx_len, batch_size)
+    if steps_per_epoch < 1 or len(val_tokens) <= ctx_len:
+        raise UserError("input.txt is too short: use more text, or lower ctx_len and batch_size")
+    total_steps = num_epochs * steps_per_epoch
+
+    mx.random.seed(seed)
+    model = GPT(GPTConfig(vocab_size=len(tokenizer.vocab), ctx_len=ctx_len, n_emb=n_emb,
+                          n_heads=n_heads, n_layers=n_layers, dropout=dropout))
+    optimizer = make_optimizer(total_steps)
+    optimizer.init(model.trainable_parameters())  # creates m and v
+    settings = describe(text, model)
+    history = []  # for each epoch, its losses, and how many minutes it took
+    if resume:
+        history = resume_run(model, optimizer, settings)
+    else:
+        introduce(tokenizer, settings)
+        report("Untrained", evaluate(model, train_part), evaluate(model, val_tokens),
+               model, tokenizer)
+
+    step = make_step(model, optimizer)
+    progress = Progress(len(history) * steps_per_epoch, total_steps)
+    for epoch in range(len(history), num_epochs):
+        started = time.perf_counter()
+        rng = np.random.default_rng([seed, epoch])  # so that a resumed epoch is the same
+        mx.random.seed(int(rng.integers(2**31)))  # for dropout
+        model.train()  # dropout on
+        for x, y in get_batches(train_tokens, ctx_len, batch_size, rng):
+            loss = step(x, y)
+            mx.async_eval(loss, model.state, optimizer.state)  # compute, but do not wait for it
+            progress.update(loss)
+            if progress.step == 500:  # the first words. Do here what you want to do at some steps
+                show_line(model, tokenizer)
+                model.train()  # again, because generating has turned dropout off
+
+        train_loss, val_loss = evaluate(model, train_part), evaluate(model, val_tokens)
+        check_finite(val_loss)
+        minutes = (time.perf_counter() - started) / 60
+        history.append({"train": train_loss, "val": val_loss, "minutes": minutes})
+        save_epoch(model, optimizer, tokenizer, settings, history)
+        report(f"Epoch {epoch}", train_loss, val_loss, model, tokenizer)
+
+    finish(settings, history)
+    return history
+
+
+# %% 11. Looking inside
+#
+# What has it learned? We can look. Here is the trained small model in the middle of a word:
+#
+#     $ python train.py --look "What is the cou"
+#
+# @LOOK@
+
+
+def look(model, tokenizer, prompt):
+    """Draws how surprising each character is, what each head attends to, and what comes next.
+
+    Raises UserError for a prompt that is longer than the context.
+    """
+    tokens = tokenizer.encode(prompt) or [0]
+    if len(tokens) > model.config.ctx_len:
+        raise UserError(f"the prompt has {len(tokens)} characters, and the model can see only "
+                        f"{model.config.ctx_len}")
+    recorded = []  # the attention weights of each block, (1, n_heads, T, T)
+
+    def record(weights):
+        recorded.append(weights)
+        return weights
+
+    model.eval()  # Now dropout does nothing. So we can put something else in its place.
+    for block in model.blocks:
+        block.mha.attn_dropout = record
+    logits = model(mx.array([tokens]))[0]  # (T, vocab_size)
+
+    print(" " * 18 + one_line(tokenizer.decode(tokens)))
+    log_p = nn.log_softmax(logits)  # (T, vocab_size)
+    uniform = math.log(len(tokenizer.vocab))  # a full bar: no better than a uniform guess
+    surprise = [-log_p[i, token].item() / uniform for i, token in enumerate(tokens[1:])]
+    print("surprise".ljust(19) + bars(surprise))  # nothing predicts the first character
+    for i, weights in enumerate(recorded):
+        from_last = weights[0, :, -1]  # (n_heads, T): what the last position attends to
+        for head, row in enumerate(from_last.tolist()):
+            print(f"block {i}, head {head}".ljust(18) + bars(row))
+    probabilities = mx.softmax(logits[-1])  # (vocab_size,)
+    for token in mx.argsort(-probabilities)[:8].tolist():
+        p = probabilities[token].item()
+        print(f"next {tokenizer.vocab[token]!r}".ljust(18) + f"{p:.2f} {'█' * round(50 * p)}")
+
+
+def bars(shares):
+    """One bar for each share: blank for 0, full for 1 and above.
+
+    >>> bars([0.1, 0.5, 1.0])
+    '▁▄█'
+    """
+    return "".join(" ▁▂▃▄▅▆▇█"[round(8 * min(share, 1))] for share in shares)
 
 
 def one_line(text):
@@ -1049,455 +1212,354 @@ def one_line(text):
     return "".join(char if char.isprintable() else " " for char in text)
 
 
-def bars(shares):
-    """A row of bars, one for each number from 0 to 1.
-
-    >>> bars([0.1, 0.5, 1.0])
-    '▁▄█'
-    """
-    heights = [round(8 * min(share, 1)) for share in shares]  # whole numbers from 0 to 8
-    return "".join(" ▁▂▃▄▅▆▇█"[height] for height in heights)
-
-
-class Recorder(nn.Module):
-    """A layer that returns its input, and keeps it. look() puts it in place of dropout."""
-
-    def __call__(self, x):
-        self.recorded = x
-        return x
-
-
-def look(prompt):
-    """Draws how surprising each character is, what each head attends to, and what comes next."""
-    model, tokenizer = load_model()
-    check_prompt(tokenizer, prompt)
-    tokens = tokenizer.encode(prompt)
-    ctx_len = model.config.ctx_len
-    if not 1 <= len(tokens) <= ctx_len:
-        raise UserError(f"the prompt has {len(tokens)} characters: it must have 1 to {ctx_len}")
-
-    # In MultiHeadAttention, the attention weights pass through attn_dropout, which does nothing in
-    # eval mode. A recorder in its place keeps them.
-    for block in model.blocks:
-        block.mha.attn_dropout = Recorder()
-    logits = model(mx.array([tokens]))[0]  # (T, vocab_size)
-
-    print_row("", one_line(prompt))
-    draw_surprise(logits, tokens)
-    for i, block in enumerate(model.blocks):
-        weights = block.mha.attn_dropout.recorded[0]  # (n_heads, T, T)
-        for head in range(model.config.n_heads):
-            from_last = weights[head, -1].tolist()  # what the last position attends to
-            print_row(f"block {i}, head {head}", bars(from_last))
-    draw_next(logits[-1], tokenizer)
-
-
-def print_row(title, text):
-    """Prints a row of the picture: the title takes 18 columns."""
-    print(f"{title:18}{text}")
-
-
-def draw_surprise(logits, tokens):
-    """Draws the loss at each token except the first. A full bar is that of uniform guessing."""
-    if len(tokens) > 1:
-        targets = mx.array(tokens[1:])  # (T - 1,)
-        losses = nn.losses.cross_entropy(logits[:-1], targets)  # (T - 1,): one for each target
-        uniform = math.log(logits.shape[-1])
-        print_row("surprise", " " + bars((losses / uniform).tolist()))
-
-
-def draw_next(logits, tokenizer):
-    """Draws the probabilities of the 8 most likely next characters. logits is (vocab_size,)."""
-    probabilities = mx.softmax(logits)  # (vocab_size,)
-    for token in mx.argsort(-probabilities)[:8].tolist():
-        p = probabilities[token].item()
-        print_row(f"next {tokenizer.vocab[token]!r}", f"{p:.2f} {'█' * round(50 * p)}")
-
-
-# %% 13. The run
+# %% 12. The parts of a run
 #
-# The loop is in train(), at the end of this section. First, its helpers.
+# You have now seen all of GPT-2, and the lesson is over. What follows are the helpers that train()
+# calls, in the order in which it calls them.
 
 
-def load_data():
-    """Reads input.txt. Returns a tokenizer, the training and validation tokens, and a checksum.
+class UserError(Exception):
+    """An error that the user can mend. main() shows it on one line, without a traceback."""
 
-    Both parts are NumPy arrays. The checksum is a number that tells one text from another. Raises
-    OSError, or UserError if there is too little to learn from.
+
+COUNTS = ["ctx_len", "n_emb", "n_heads", "n_layers", "num_epochs", "batch_size", "max_new_tokens",
+          "top_k"]  # of which there must be at least one
+SAMPLING = ["max_new_tokens", "temperature", "top_k"]  # those that only matter for writing
+
+
+def check_settings(names):
+    """Raises UserError if one of the settings with these names makes no sense."""
+    for name in names:
+        value = globals()[name]
+        lowest = 1 if name in COUNTS else 0
+        if isinstance(value, (int, float)) and not value >= lowest:  # which is true for nan, too
+            raise UserError(f"{name} = {value} must be at least {lowest}")
+    if "n_heads" in names and n_emb % n_heads != 0:
+        raise UserError(f"n_emb = {n_emb} must be a multiple of n_heads = {n_heads}")
+
+
+def describe(text, model):
+    """What makes a run what it is: its settings, the number of parameters (which many an edit of
+    the model changes), and a checksum of the text."""
+    settings = {name: globals()[name] for name in SETTINGS}
+    return {**settings, "parameters": count_parameters(model),
+            "input.txt": f"{zlib.crc32(text.encode()):08x}"}
+
+
+# Several machines can train one model together, if mlx.launch starts this program on all of them
+# (see the README). In each step, each of them computes the gradient for its own rows, and then all
+# take the mean (*data parallelism*). As they start with the same weights and make the same moves,
+# their models stay the same. Only the first of them writes files and prints.
+
+
+def is_first():
+    """Whether this machine is the first, or the only one."""
+    return mx.distributed.init(backend="ring").rank() == 0
+
+
+def check_machines(plan):
+    """Raises UserError unless this plan, which json can write, is the same on all machines."""
+    checksum = mx.array([zlib.crc32(json.dumps(plan).encode())], dtype=mx.uint32)  # (1,)
+    everyone = mx.distributed.all_gather(checksum, group=mx.distributed.init(backend="ring"))
+    if mx.any(everyone != checksum):
+        raise UserError("the machines differ in input.txt, in their settings, or in their files")
+
+
+def resume_run(model, optimizer, settings):
+    """Restores model and optimizer from CHECKPOINT. Returns the history of that run.
+
+    Raises UserError if the checkpoint is not from this run, or the run is finished.
     """
-    try:
-        text = load_text()
-    except FileNotFoundError:
-        raise UserError(f"there is no input.txt in {os.getcwd()}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"input.txt is not UTF-8: {error}") from None
-    if "\0" in text:  # as in UTF-16, another encoding
-        raise UserError("input.txt has NUL characters in it: save it as UTF-8")
-    tokenizer = CharTokenizer(text)
-    if len(tokenizer.vocab) < 2:
-        raise UserError("input.txt must have at least two different characters")
-    train_tokens, val_tokens = split(np.array(tokenizer.encode(text), dtype=np.int32))
-    if count_batches(train_tokens, ctx_len, batch_size) < 1 or len(val_tokens) <= ctx_len:
-        raise UserError(f"input.txt, of {len(text):,} characters, is too short for batches of "
-                        f"{batch_size} rows of {ctx_len}")
-    return tokenizer, train_tokens, val_tokens, zlib.crc32(text.encode())
+    saved, notes = load(CHECKPOINT)
+    changed = changes(notes.get("settings", {}), settings, except_for=["num_epochs", *SAMPLING])
+    if changed:
+        raise UserError(f"changed since that run: {', '.join(changed)}. Undo it, or start anew")
+    history = notes["history"]
+    if len(history) >= num_epochs:
+        raise UserError("that run is finished: raise num_epochs to keep training")
+    check_match(CHECKPOINT, saved, {"model": model.parameters(), "optimizer": optimizer.state})
+    check_machines([settings, history])
+    model.update(saved["model"])
+    optimizer.state = saved["optimizer"]  # a new dict, so call make_step only after this
+    print(f"Resuming after epoch {len(history) - 1}, val = {history[-1]['val']:.4f}")
+    return history
 
 
-# The next two functions only save time on machines without a GPU. In MLX, a *stream* is a queue of
-# operations: those written inside `with mx.stream(s)` go to s. Each stream has a thread of its own,
-# which works through it in order, and the computer runs two threads at once, on two cores.
-FIRST_STREAM = mx.new_thread_local_stream(mx.cpu)
-SECOND_STREAM = mx.new_thread_local_stream(mx.cpu)
+def changes(old, new, except_for=()):
+    """The differences between two dicts of settings, in words.
 
-
-def two_core_loss(model, x, y):
-    """The same as loss_fn, but each of two cores takes half of the rows.
-
-    Because MLX is lazy, the two calls of loss_fn only build the graph. When the loss is needed,
-    both cores compute. Backpropagation runs each operation in the stream of its forward operation,
-    so it is divided, too. The sum needs both halves, so the second stream waits for the first.
+    >>> changes({"lr": 0.01, "seed": 0}, {"lr": 0.001, "seed": 0})
+    ['lr 0.01 to 0.001']
     """
-    half = len(x) // 2
-    if 2 * half != len(x):  # the average of two unequal halves is not the mean of all rows
-        return loss_fn(model, x, y)
-    with mx.stream(FIRST_STREAM):
-        first = loss_fn(model, x[:half], y[:half])
-    with mx.stream(SECOND_STREAM):
-        second = loss_fn(model, x[half:], y[half:])
-        return (first + second) / 2
+    return [f"{name} {old.get(name)} to {new[name]}" for name in new
+            if old.get(name) != new[name] and name not in except_for]
 
 
-def choose_loss_fn():
-    """loss_fn, or two_core_loss where there is no GPU."""
-    if mx.default_device() != mx.cpu:
-        return loss_fn
-    # Only a matter of speed; you can delete this line. The number influences the order in which MLX
-    # queues operations. In trials, 8 kept both cores busier than MLX's own 20. It must be set
-    # before MLX first computes, so train() calls this function first.
-    os.environ.setdefault("MLX_BFS_MAX_WIDTH", "8")
-    return two_core_loss
+WIDTH = 79  # of a line of output, in characters
 
 
-# Several computers, or several *processes* (running programs) on one, can train a model together.
-# Each computes the gradients for its share of the rows of each batch, and nn.average_gradients, in
-# make_step, gives all of them the mean. They start with the same weights, thanks to `seed`, and
-# take the same steps, so their models stay the same. This is called *data parallelism*. mlx.launch
-# starts them and numbers them from 0: this number is the *rank*.
+def introduce(tokenizer, settings):
+    """Prints what will be trained, so that you notice a wrong setting or character."""
+    check_machines(settings)
+    V = len(tokenizer.vocab)
+    print(textwrap.fill(", ".join(f"{name}={value}" for name, value in settings.items()), WIDTH))
+    print(f"{V} different tokens: {''.join(tokenizer.vocab[:100])!r}")
+    print(f"Uniform guessing: loss = ln {V} = {math.log(V):.4f}")
+    print("Ctrl-C stops the run. --resume goes on after its last whole epoch.")
 
 
-def join_processes(settings, checksum, history):
-    """The rank of this process, and how many processes there are: without mlx.launch, 0 and 1.
-
-    history has the losses of the epochs so far, if a run is resumed. Raises UserError if the
-    processes differ in settings, text, or history, or cannot share a batch evenly.
-    """
-    world = mx.distributed.init()  # the group of all processes
-    # To compare their plans, it is enough for each process to send a checksum of its own to all.
-    plan = json.dumps([settings, checksum, history])
-    ours = mx.array([zlib.crc32(plan.encode())], dtype=mx.uint32)  # (1,)
-    all_checksums = mx.distributed.all_gather(ours)  # (processes,)
-    if mx.any(all_checksums != ours):
-        raise UserError(f"the processes differ in their settings, input.txt, or {CHECKPOINT}")
-    if batch_size % world.size() != 0:
-        raise UserError(f"{world.size()} processes cannot share batch_size = {batch_size} rows")
-    return world.rank(), world.size()
+def report(title, train_loss, val_loss, model, tokenizer):
+    """Prints the losses, and what the model writes now. Raises UserError if val_loss is nan."""
+    perplexity = math.exp(min(val_loss, 700))  # exp(1000) would overflow
+    losses = f"{title} | train = {train_loss:.4f} | val = {val_loss:.4f}"
+    print(f"{losses} | perplexity {perplexity:.3g}".ljust(WIDTH))
+    show_line(model, tokenizer)
+    if sees_the_future(model):
+        print(" " * 10 + "Warning: this model sees the future, so its losses mean nothing.")
 
 
-def print_passing(line):
-    """In a terminal, prints a line that the next print() overwrites."""
-    if sys.stdout.isatty():  # not in a pipe or a file
-        width = shutil.get_terminal_size().columns - 1
-        line = line[:width].ljust(width)  # neither longer nor shorter than the terminal is wide
-        print(line, end="\r", flush=True)  # \r: back to the beginning of the line
-
-
-def check_finite(loss, step):
-    """Raises UserError if the training has diverged: the loss, a float, is nan or inf."""
-    if not math.isfinite(loss):
-        raise UserError(f"the loss is {loss} at step {step}: lower lr")
+def show_line(model, tokenizer):
+    """Prints a line of text that the model writes now."""
+    text = "".join(continue_text(model, tokenizer, "", WIDTH - 10))
+    print((" " * 10 + one_line(text))[:WIDTH], flush=True)
 
 
 class Progress:
-    """Counts the steps, and prints from time to time how far training has come."""
+    """Prints how far the training has come: in a terminal every second, on one line, and else, as
+    into a file, a line every 15 seconds."""
 
-    def __init__(self, steps_done, total_steps):
-        self.step = steps_done
+    def __init__(self, step, total_steps):
+        self.step = step
         self.total_steps = total_steps
-        self.start_step = None  # the clock starts after the first step, which compiles
-        self.start_time = None
-        self.last_print = None
+        self.started = None
+        self.in_terminal = hasattr(sys.stdout, "isatty") and sys.stdout.isatty()
 
     def update(self, loss):
-        """Counts a step, whose loss is a scalar array."""
+        """Counts a step. Raises UserError if its loss, a scalar array, is nan or infinite."""
         self.step += 1
-        if self.start_step is None:
-            mx.eval(loss)  # wait until the first step is done
-            self.start_step = self.step
-            self.start_time = time.perf_counter()
-            self.last_print = self.start_time
-            return
-
-        if self.step % 200 == 0:
-            check_finite(loss.item(), self.step)  # not in every step: .item() waits for the GPU
+        if self.started is None:
+            check_finite(loss.item())  # waits: the first step is slow, because it compiles
+            self.first_step = self.step
+            self.started = self.last_print = time.perf_counter()
         now = time.perf_counter()
-        pause = 1 if sys.stdout.isatty() else 15  # seconds between two lines
-        if now - self.last_print > pause:
-            self.last_print = now
-            self.print_line(loss.item(), now)
-
-    def print_line(self, loss, now):
-        """Prints the loss, and how long the rest will take."""
-        seconds_per_step = (now - self.start_time) / (self.step - self.start_step)
-        minutes_left = seconds_per_step * (self.total_steps - self.step) / 60
-        line = (f"step {self.step:,} of {self.total_steps:,}, loss {loss:.2f}, "
-                f"{minutes_left:.1f} min left")
-        if sys.stdout.isatty():
-            print_passing(line)
+        if now - self.last_print < (1 if self.in_terminal else 15):
+            return
+        self.last_print = now
+        loss = loss.item()  # not in every step: this waits for the GPU
+        check_finite(loss)
+        steps_per_second = (self.step - self.first_step) / (now - self.started)
+        tokens_per_second = steps_per_second * batch_size * ctx_len
+        minutes_left = (self.total_steps - self.step) / steps_per_second / 60
+        line = (f"step {self.step:,}/{self.total_steps:,}, loss {loss:.2f}, "
+                f"{tokens_per_second:,.0f} tokens/s, {minutes_left:.1f} min left").ljust(WIDTH)
+        if self.in_terminal:  # \r takes the next line back to the start of this one
+            print(line[: shutil.get_terminal_size().columns - 1], end="\r", flush=True)
         else:
             print(line, flush=True)
 
 
-def introduce(model, tokenizer, settings):
-    """Prints what will be trained, with which settings, so that you notice a wrong one."""
-    values = [f"{name}={value}" for name, value in settings.items()]
-    V = len(tokenizer.vocab)
-    print(f"The {'small' if small else 'default'} model: {count_parameters(model):,} parameters")
-    print(textwrap.fill(", ".join(values), width=79))
-    print(f"Uniform guessing among {V} characters: loss = ln {V} = {math.log(V):.4f}")
+def check_finite(loss):
+    """Raises UserError if a loss is nan or infinite."""
+    if not math.isfinite(loss):
+        raise UserError(f"the loss is {loss}: lower lr, or, if it is so from the start, look for a "
+                        f"mistake in your last edit")
 
 
-def report(title, train_loss, val_loss, model, tokenizer):
-    """Prints the losses, and a line of text that the model generates now."""
-    perplexity = math.exp(min(val_loss, 99))  # exp(1000) would overflow
-    print(f"{title} | train = {train_loss:.4f} | val = {val_loss:.4f} | "
-          f"perplexity {perplexity:.1f}")
-    prompt = first_char(tokenizer)  # any text will do, if its characters are in input.txt
-    text = "".join(continue_text(model, tokenizer, prompt, 69 - len(prompt)))
-    print(f"{'':10}{one_line(prompt + text)}", flush=True)  # 10 + 69 columns
+# Files. Each is written in a folder of its own, and moved to its place when it is whole. So a run
+# that is stopped while it saves leaves no half a file, and neither do two runs at the same time.
+
+MODEL = "model.safetensors"  # the best weights of this run
+PREVIOUS = "previous.safetensors"  # the best weights of the run before it
+CHECKPOINT = "checkpoint.safetensors"  # what --resume needs
+RUN_LOG = "runs.jsonl"  # a line for each finished run
 
 
-def best_loss(history):
-    """The lowest validation loss of a run."""
-    return min(epoch["val"] for epoch in history)
-
-
-def keep_former_model():
-    """Before a new run saves, copies the old model to FORMER and deletes the old checkpoint.
-
-    The model is copied and not moved, so that MODEL exists at all times.
-    """
-    if os.path.exists(MODEL):
-        shutil.copyfile(MODEL, unfinished(FORMER))
-        os.replace(unfinished(FORMER), FORMER)
-    Path(CHECKPOINT).unlink(missing_ok=True)
-
-
-def save_epoch(model, optimizer, tokenizer, settings, checksum, history):
+def save_epoch(model, optimizer, tokenizer, settings, history):
     """Saves the model, if it is the best so far, and then the checkpoint.
 
-    The checkpoint comes last. If the run is killed before that, the previous epoch's checkpoint is
-    still there, and --resume repeats this epoch. (In the first epoch there is none: start over.)
+    The checkpoint comes last: if the run is killed before that, --resume repeats the epoch.
     """
+    if not is_first():
+        return
     if len(history) == 1:  # the first epoch of a new run
-        keep_former_model()
-    if history[-1]["val"] == best_loss(history):
+        Path(CHECKPOINT).unlink(missing_ok=True)
+        if os.path.exists(MODEL):
+            os.replace(MODEL, PREVIOUS)
+    if history[-1]["val"] == min(epoch["val"] for epoch in history):
         save_model(MODEL, model, tokenizer)
-    state = {"model": model.parameters(), "optimizer": optimizer.state}
-    save(CHECKPOINT, state, {"settings": settings, "checksum": checksum, "history": history})
+    save(CHECKPOINT, {"model": model.parameters(), "optimizer": optimizer.state},
+         {"settings": settings, "history": history})
 
 
-MAY_CHANGE = ["num_epochs", "max_new_tokens", "temperature", "top_k"]  # before a --resume
+def save_model(path, model, tokenizer):
+    """Saves the weights, and beside them what load_model() needs to build the model."""
+    save(path, model.parameters(), {"config": asdict(model.config), "vocab": tokenizer.vocab})
 
 
-def check_same_run(notes, settings, checksum):
-    """Raises UserError unless the run with these notes can go on with these settings."""
-    if "history" not in notes:
-        raise UserError(f"{CHECKPOINT} holds no checkpoint: start a new run")
-    if notes["checksum"] != checksum:
-        raise UserError(f"{CHECKPOINT} is from a run on a different input.txt: put that text "
-                        f"back, or start a new run")
-    must_agree = {name: settings[name] for name in settings if name not in MAY_CHANGE}
-    different = changes(notes["settings"], must_agree)
-    if different:
-        raise UserError(f"settings have changed since {CHECKPOINT}: {different}. Change them back, "
-                        f"or start a new run")
-    if len(notes["history"]) >= num_epochs:
-        raise UserError("that run is finished: raise num_epochs to keep training")
-    if not os.path.exists(MODEL):
-        raise UserError(f"{MODEL}, with the best weights so far, is gone: start a new run")
+def load_model(path=None):
+    """A saved model (by default, MODEL), in eval mode, and its tokenizer. Raises UserError."""
+    path = path or MODEL
+    weights, notes = load(path)
+    try:
+        config = GPTConfig(**notes["config"])  # the entries of the dict become the arguments
+    except (KeyError, TypeError):
+        raise UserError(f"{path} does not match train.py: undo edits, or train again") from None
+    model = GPT(config)
+    check_match(path, weights, model.parameters())
+    model.update(weights)
+    model.eval()
+    return model, CharTokenizer(notes["vocab"])
 
 
-def resume_run(model, optimizer, settings, checksum):
-    """Restores model and optimizer from CHECKPOINT. Returns the history of that run.
+def save(path, tree, notes):
+    """Writes a tree of arrays and a dict of notes to a safetensors file.
 
-    Raises UserError if the checkpoint is not from this run.
+    Such a file holds arrays by name, so the tree is flattened: the array in tree["a"]["b"] is named
+    "a.b". Raises UserError, or OSError.
     """
-    saved, notes = load(CHECKPOINT)
-    check_same_run(notes, settings, checksum)
-    ours = {"model": model.parameters(), "optimizer": optimizer.state}
-    check_match(CHECKPOINT, saved, ours)
-    model.update(saved["model"])
-    optimizer.state = saved["optimizer"]  # a new dict. Call make_step after this, to pick it up
-    history = notes["history"]
-    print(f"Resuming after epoch {len(history) - 1}, val = {history[-1]['val']:.4f}")
-    old_epochs = notes["settings"]["num_epochs"]
-    if old_epochs != num_epochs:
-        print(f"num_epochs was {old_epochs}: from now on, the learning rate follows the schedule "
-              f"for {num_epochs}")
-    return history
-
-
-def read_run_log():
-    """The lines of the run log."""
-    if not os.path.exists(RUN_LOG):
-        return []
-    return Path(RUN_LOG).read_text(encoding="utf-8", errors="replace").splitlines()
-
-
-def compare_with_last(run, earlier_lines):
-    """What changed since the last run on the same text, and how the best loss changed, in words."""
-    last = None
-    for line in earlier_lines:
+    path = Path(path).resolve()
+    arrays = dict(tree_flatten(tree))
+    with tempfile.TemporaryDirectory(prefix="unfinished-", dir=path.parent) as folder:
+        unfinished = os.path.join(folder, path.name)
         try:
-            old = json.loads(line)
-        except ValueError:  # a damaged line
-            continue
-        if isinstance(old, dict) and old.get("checksum") == run["checksum"]:
-            last = old
-    if last is None:
-        return "This is the first run on this text."
-    changed = changes(last["settings"], run["settings"])
-    if not changed:
-        changed = "no settings (code edits are not compared)"
-    return (f"Changed since the last run: {changed}. "
-            f"Best validation loss {last['best_val']:.4f} to {run['best_val']:.4f}")
+            mx.save_safetensors(unfinished, arrays, {"notes": json.dumps(notes)})
+        except RuntimeError as error:  # the disk is full, for example
+            raise UserError(f"{path} could not be saved: {error}") from None
+        os.replace(unfinished, path)
 
 
-def finish(history, settings, checksum):
-    """Logs a run, generates text with the best weights, and compares the run with the last one."""
-    model, tokenizer = load_model()
-    run = {
-        "finished": time.strftime("%Y-%m-%d %H:%M"),
-        "checksum": checksum,
-        "parameters": count_parameters(model),
-        "minutes": round(sum(epoch["minutes"] for epoch in history), 1),
-        "best_val": best_loss(history),
-        "settings": settings,
-    }
-    earlier_lines = read_run_log()
-    all_lines = [*earlier_lines, json.dumps(run)]
-    save_text(RUN_LOG, "\n".join(all_lines) + "\n")
-
-    text = "".join(continue_text(model, tokenizer, first_char(tokenizer), max_new_tokens))
-    save_text(COMPLETIONS, text)
-    print(f"\n{text}\n")
-    print(f"The best weights are in {MODEL}, this text is in {COMPLETIONS}, and {RUN_LOG} has an "
-          f"entry about this run.")
-    print(compare_with_last(run, earlier_lines))
+def load(path):
+    """The tree and the notes that save() wrote. Raises UserError if they cannot be read."""
+    try:
+        arrays, metadata = mx.load(str(path), return_metadata=True)
+        return tree_unflatten(arrays), json.loads(metadata["notes"])
+    except (RuntimeError, KeyError, ValueError):
+        raise UserError(f"cannot read {Path(path).resolve()}: run python train.py first") from None
 
 
-def train(resume=False):
-    """Trains a model on input.txt, saves it after each epoch, and generates text at the end.
+def check_match(path, saved, ours):
+    """Raises UserError unless two trees have the same names and shapes."""
+    saved_shapes, our_shapes = (
+        {name: array.shape for name, array in tree_flatten(tree)} for tree in (saved, ours))
+    if saved_shapes != our_shapes:
+        raise UserError(f"{path} does not match train.py: undo edits, or train again")
 
-    With resume=True, it goes on after the last saved epoch. Raises UserError.
+
+def finish(settings, history):
+    """Logs the run, writes a text with the best weights, and compares the run with the last one."""
+    if not is_first():
+        return
+    last = last_run(settings["input.txt"])
+    best = min(epoch["val"] for epoch in history)
+    minutes = sum(epoch["minutes"] for epoch in history)
+    device = mx.device_info()["device_name"]
+    run = {"finished": time.strftime("%Y-%m-%d %H:%M"), "device": device, "mlx": mx.__version__,
+           "minutes": round(minutes, 1), "best_val": best, "settings": settings, "history": history}
+    with open(RUN_LOG, "a", encoding="utf-8") as log:
+        log.write(json.dumps(run) + "\n")
+
+    text = type_out(*load_model(), "")
+    Path("completions.txt").write_text(text, encoding="utf-8", newline="\n")
+    print(f"\nThe best weights, in {MODEL}, have a validation loss of {best:.4f}. "
+          f"Trained in {minutes:.1f} minutes ({device}, MLX {mx.__version__})")
+    if last is not None:
+        changed = changes(last["settings"], settings) or ["no settings"]
+        print(f"The run before had {last['best_val']:.4f}. Changed since: {', '.join(changed)}")
+
+
+def last_run(checksum):
+    """The last run in RUN_LOG that trained on a text with this checksum, or None."""
+    last = None
+    if os.path.exists(RUN_LOG):
+        for line in Path(RUN_LOG).read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                run = json.loads(line)
+                if run["settings"]["input.txt"] == checksum:
+                    last = run
+            except (ValueError, KeyError, TypeError):  # not a line that finish() wrote
+                pass
+    return last
+
+
+# %% 13. The command line
+
+
+@functools.cache  # makes it once, and returns the same one after that
+def second_stream():
+    """A *stream* is a queue of operations, and on a CPU each has a core to itself."""
+    return mx.new_thread_local_stream(mx.cpu)
+
+
+def on_two_cores(loss_fn):
+    """The same loss function, but with half of the rows of each batch on a second CPU core.
+
+    Both calls only build a graph, as MLX is lazy. When the loss is needed, both cores compute.
     """
-    if not os.access(".", os.W_OK):
-        raise UserError(f"the folder {os.getcwd()} cannot be written to")
-    fast_loss_fn = choose_loss_fn()
-    settings = check_settings()
-    tokenizer, train_tokens, val_tokens, checksum = load_data()
-    steps_per_epoch = count_batches(train_tokens, ctx_len, batch_size)
-    total_steps = num_epochs * steps_per_epoch
 
-    mx.random.seed(seed)
-    model = GPT(GPTConfig(len(tokenizer.vocab), ctx_len, n_emb, n_heads, n_layers, dropout))
-    optimizer = make_optimizer(total_steps)
-    optimizer.init(model.trainable_parameters())  # creates m and v, which resume_run may replace
-    history = []  # for each epoch, its losses and how many minutes it took
-    if resume:
-        history = resume_run(model, optimizer, settings, checksum)
-    rank, processes = join_processes(settings, checksum, history)
+    def two_core_loss(model, x, y):
+        half = len(x) // 2
+        if 2 * half != len(x):  # the mean of two unequal halves is not the mean of all rows
+            return loss_fn(model, x, y)
+        first = loss_fn(model, x[:half], y[:half])
+        with mx.stream(second_stream()):
+            second = loss_fn(model, x[half:], y[half:])
+        return (first + second) / 2
 
-    introduce(model, tokenizer, settings)
-    if not resume:
-        train_loss = evaluate(model, train_tokens[: 100 * ctx_len], fast_loss_fn)
-        val_loss = evaluate(model, val_tokens[: 100 * ctx_len], fast_loss_fn)
-        report("Untrained", train_loss, val_loss, model, tokenizer)
-    print_passing("Compiling the training step")
-
-    step = make_step(model, optimizer, fast_loss_fn)
-    progress = Progress(len(history) * steps_per_epoch, total_steps)
-    for epoch in range(len(history), num_epochs):
-        started = time.perf_counter()
-        rng = np.random.default_rng([seed, epoch])  # so that a resumed epoch is the same
-        mx.random.seed(int(rng.integers(2**31)) + rank)  # for dropout, different in each process
-        model.train()
-        for x, y in get_batches(train_tokens, ctx_len, batch_size, rng):
-            # This process's share: every `processes`-th row from `rank` on. Alone, it gets all.
-            x = x[rank::processes]
-            y = y[rank::processes]
-            loss = step(x, y)
-            # Start to compute, and meanwhile prepare the next batch. (mx.eval would wait.)
-            mx.async_eval(loss, model.state, optimizer.state)
-            progress.update(loss)
-            # Put here whatever you want to do every so many steps, for example:
-            #     if progress.step % 10 == 0:
-            #         print(f"\nstep {progress.step}: loss {loss.item()}")
-            #     if progress.step % 500 == 0:  # --resume still goes back to the last whole epoch
-            #         save_model(f"step{progress.step}.safetensors", model, tokenizer)
-            # load_model("step500.safetensors") reads such a file, and continue_text() makes text.
-
-        print_passing("Measuring the losses")
-        train_loss = evaluate(model, train_tokens[: 1000 * ctx_len], fast_loss_fn)  # a part of it
-        val_loss = evaluate(model, val_tokens, fast_loss_fn)
-        check_finite(val_loss, progress.step)
-        minutes = (time.perf_counter() - started) / 60
-        history.append({"train": train_loss, "val": val_loss, "minutes": minutes})
-        if rank == 0:  # with several computers, copy these files to the others before a --resume
-            save_epoch(model, optimizer, tokenizer, settings, checksum, history)
-        report(f"Epoch {epoch:2}", train_loss, val_loss, model, tokenizer)
-
-    if rank == 0:
-        finish(history, settings, checksum)
+    return two_core_loss
 
 
-# %% 14. The command line
+if mx.default_device() == mx.cpu:  # a GPU needs no such help
+    loss_fn = on_two_cores(loss_fn)
 
 
 def main():
     """Does what the command line says. Shows a UserError or OSError on one line."""
     parser = argparse.ArgumentParser(description="Without options: train GPT-2 on input.txt.")
     options = parser.add_mutually_exclusive_group()
-    # nargs="?": TEXT may be left out, and is then const.
     options.add_argument("--sample", metavar="TEXT", nargs="?", const="",
-                         help="continue TEXT with the trained model")
+                         help="continue TEXT with the trained model (--sample=-TEXT if it begins "
+                         "with a minus sign; another seed in train.py gives another text)")
     options.add_argument("--look", metavar="TEXT",
                          help="show what the trained model attends to and what it predicts next")
-    options.add_argument("--resume", action="store_true", help="resume an interrupted run")
-    arguments = parser.parse_args()
-
-    sys.stdout.reconfigure(errors="replace")  # for terminals that cannot show every character
-    if mx.distributed.init().rank() > 0:  # of several processes, only the first prints
-        sys.stdout = io.StringIO()  # keeps what the others print, and nobody reads it
+    options.add_argument("--resume", action="store_true", help="go on with an interrupted run")
+    in_notebook = "kernel_launcher" in sys.argv[0]  # there, sys.argv belongs to another program
+    arguments = parser.parse_args([] if in_notebook else None)
+    if not hasattr(mx.array, "mT"):
+        sys.exit("train.py: this MLX is too old: pip install --upgrade mlx")
+    if hasattr(sys.stdout, "reconfigure"):  # for terminals that cannot show every character
+        sys.stdout.reconfigure(errors="replace")
+    if not is_first():
+        sys.stdout = None  # then print() does nothing
     try:
-        if arguments.sample is not None:  # "" is a valid TEXT
-            type_out(arguments.sample)
+        if arguments.sample is not None:
+            show_saved_model(type_out, arguments.sample)
         elif arguments.look is not None:
-            look(arguments.look)
+            show_saved_model(look, arguments.look)
         else:
             train(arguments.resume)
-        sys.stdout.flush()  # writes what is left, and may raise BrokenPipeError
+        print(end="", flush=True)  # may raise BrokenPipeError
     except KeyboardInterrupt:  # Ctrl-C
-        sys.exit("\ntrain.py: stopped. To resume an unfinished run: python train.py --resume")
-    except BrokenPipeError:  # no one reads what we print, as after: python train.py --sample | head
-        sys.stdout = None  # at exit Python flushes stdout, which would fail again
+        sys.exit("\ntrain.py: stopped")
+    except BrokenPipeError:  # no one reads on, as after: python train.py --sample | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except UnicodeDecodeError as error:
+        sys.exit(f"train.py: input.txt is not UTF-8: {error}")
     except (UserError, OSError) as error:
         sys.exit(f"train.py: {error}")
 
 
+def show_saved_model(show, prompt):
+    """Calls show, which is type_out or look, with the saved model. Raises UserError."""
+    check_settings(SAMPLING)
+    model, tokenizer = load_model()
+    try:
+        tokenizer.encode(prompt)
+    except KeyError as error:
+        known = "".join(tokenizer.vocab[:100])
+        raise UserError(f"the model does not know {error}, only {known!r}") from None
+    show(model, tokenizer, prompt)
+
+
 if __name__ == "__main__":
-    if Path(sys.argv[0]).name.endswith("kernel_launcher.py"):
-        train()  # in a notebook, where sys.argv belongs to the program that runs the cells
-    else:
-        main()
+    main()
