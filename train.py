@@ -31,7 +31,7 @@ us, all at once.
 
 Sections 1 to 11 are the lesson. Read it from the top while the program runs; it takes an hour or
 two, and you need no more than some Python. Then change something, run it again, and compare the
-*validation loss*, which says how badly the model predicts text that it has never seen. (Pure
+validation loss, which says how badly the model predicts text that it has never seen. (Pure
 guessing gets 4.17. On the shipped text, the small model gets 1.54, the default model @DEF@.) Try
 `n_heads = 1` first, or your own text in input.txt. The README has more experiments, and the steps
 that lead from GPT-2 to the models of today.
@@ -110,7 +110,7 @@ SETTINGS = [name for name, value in globals().items()
 # All our data is one text file. If the model has read a line a thousand times, being able to recite
 # it proves nothing. So it learns from the first nine tenths of the text only, the *training set*.
 # The last tenth, the *validation set*, is held out: there we see whether the model has learned
-# something about the language (*generalization*), or has merely memorized what it read
+# something about the language (generalization), or has merely memorized what it read
 # (*overfitting*).
 
 
@@ -186,12 +186,12 @@ class CharTokenizer:
 #     y = 47 56 57 58  1 15 47 58        i r s t _ C i t
 #
 # This one row holds eight questions. What follows "F"? What follows "Fi"? And so on, up to "First
-# Ci", which is followed by "t". The model answers all of them at once, one at each *position* of
+# Ci", which is followed by "t". The model answers all of them at once, one at each position of
 # the row, where it sees the characters up to that position and none of those after it.
 #
 # The hardware likes to work on many numbers at a time, so we give the model B rows at once, which
-# is called a *batch* (or mini-batch). The rows know nothing of one another. A batch is an *array*,
-# a grid of numbers, whose *shape* says how long it is along each of its *axes*: (B, T) means B rows
+# is called a *batch* (or mini-batch). The rows know nothing of one another. A batch is an array,
+# a grid of numbers, whose shape says how long it is along each of its axes: (B, T) means B rows
 # of T numbers. In an index, a colon takes everything along an axis: a[:, 0] is the first column.
 #
 # A whole pass over the training set is an *epoch*. If every epoch cut the text into rows at the
@@ -246,7 +246,7 @@ def count_batches(tokens, ctx_len, batch_size):
 #
 # Then the text reveals which token really came next. Let p be the probability that the model had
 # given to it. The *loss* is -ln p: nothing if the model was certain, and more the more it is
-# surprised. (You will also meet it as *surprisal* or *negative log-likelihood*.)
+# surprised. (You will also meet it as surprisal or *negative log-likelihood*.)
 #
 #     p        1       0.22     1/65      0.001
 #     loss     0       1.5      4.17      6.9
@@ -263,7 +263,7 @@ def count_batches(tokens, ctx_len, batch_size):
 # followed each string of n - 1 characters: if "th" was followed by "e" 60 times out of 100, then
 # "e" gets about 0.6 after "th". But a character that was never seen there would get p = 0 and an
 # infinite loss. Therefore some probability is moved from what was seen to what a shorter string
-# predicts, which is called *smoothing* (ours is modified Kneser-Ney). On the shipped text:
+# predicts, which is called smoothing (ours is modified Kneser-Ney). On the shipped text:
 #
 #     n        1       2       3       4       5       6       7
 #     loss     3.24    2.36    1.83    1.51    1.38    1.34    1.33
@@ -278,7 +278,7 @@ def loss_fn(model, x, y):
     return nn.losses.cross_entropy(logits, y, reduction="mean")  # softmax, -ln p, mean
 
 
-# To *learn* is to change the parameters so that the loss falls. How does one know in which
+# To learn is to change the parameters so that the loss falls. How does one know in which
 # direction to change them? Let us try it with a model so small that we can watch: it has one
 # parameter, w, and a language of two letters, where 3 of 4 letters are "a" and the rest are "b".
 # The logit of "a" is w, that of "b" is always 0.
@@ -328,7 +328,7 @@ def toy_loss(w):
 # if we are greedy? With a learning rate of 20, the first step overshoots to w = 5, where the loss
 # is 1.26, worse than at the start.
 #
-# A real model has a great many parameters, and a slope, or *partial derivative*, for each. All of
+# A real model has a great many parameters, and a slope, or partial derivative, for each. All of
 # them together, in one long vector, are the *gradient*. To nudge one parameter at a time, we would
 # have to run the model once for each, half a million times for a single step. *Backpropagation*
 # gets the whole gradient for the price of about two more runs. It rests on the *chain rule*: if one
@@ -365,7 +365,7 @@ def toy_loss(w):
 # describes no more than its own character and its own place. Only attention ever moves anything
 # from one position to another. All the rest works on each vector by itself.
 #
-# GPT-2 is the half of the original transformer that writes (*decoder-only*). All its parts get
+# GPT-2 is the half of the original transformer that writes (decoder-only). All its parts get
 # their sizes in one object:
 
 
@@ -435,13 +435,13 @@ def causal_mask(T, S):
 #     *value*    what I pass on to those who find me
 #
 # All three are made from its vector, by a *matrix* of parameters each. A matrix is a table of
-# numbers, and the *matrix product* x @ M of a vector with it is a new vector, which holds the dot
+# numbers, and the matrix product x @ M of a vector with it is a new vector, which holds the dot
 # products of x with each column of M. So every number in a query is the answer to a question about
 # x, and learning decides on the questions. If x has many rows, x @ M does this to each of them.
 #
 # The score of position i for position j is the dot product of i's query and j's key. To get all
 # scores at once, we need the dot product of each row of q with each row of k. A matrix product goes
-# by columns, so k is first *transposed*: k.mT is k with its rows turned into columns, and q @ k.mT
+# by columns, so k is first transposed: k.mT is k with its rows turned into columns, and q @ k.mT
 # is the table of all scores.
 
 
@@ -490,15 +490,15 @@ def attention_weights(q, k):
 # How large, then? If the numbers in both are random, with mean 0 and typical size 1, then so are
 # their products. A score adds up head_size of them. Since they are as often negative as positive,
 # they mostly cancel, but not quite: what is left is typically sqrt(head_size) in size. (For random
-# numbers it is the squares that add up. The mean square is the *variance*, and its root the
-# *standard deviation*, which is what we call typical size.) Suppose one score is that large, and
+# numbers it is the squares that add up. The mean square is the variance, and its root the
+# standard deviation, which is what we call typical size.) Suppose one score is that large, and
 # another is 0:
 #
 #     head_size              1        8        32       128
 #     sqrt(head_size)        1        2.83     5.66     11.31
 #     softmax(that, 0)[0]    0.731    0.944    0.997    1.000
 #
-# The larger the head, the closer the winner comes to taking everything: softmax *saturates*. Out at
+# The larger the head, the closer the winner comes to taking everything: softmax saturates. Out at
 # 1.000, to nudge a score changes next to nothing, hence there is hardly a slope to follow, and
 # queries and keys stop learning. Divided by the root, it is 0.731 whatever the size. Does a model
 # as small as ours need it? Make a guess, and then see the experiment in the README.
@@ -518,7 +518,7 @@ def attention_weights(q, k):
 class MultiHeadAttention(nn.Module):
     """Causal multi-head self-attention: (B, T, n_emb) to (B, T, n_emb).
 
-    *Self*, because queries, keys, and values all come from the same text. The query matrices of all
+    Self, because queries, keys, and values all come from the same text. The query matrices of all
     heads stand side by side in one large matrix, which computes all queries at once. They are then
     split by head, and so are keys and values. The @ operator works on the last two axes of an
     array, and repeats this for all axes before them, so heads must come before positions:
@@ -588,7 +588,7 @@ class MultiHeadAttention(nn.Module):
 # Attention lets the positions talk to one another, but it can only average. It cannot conclude
 # anything from what it has heard: that after "q" comes "u", say, unless this is the end of a word.
 # That is the job of the *MLP* (multilayer perceptron, also called feed-forward network). It works
-# on each position by itself, and is two linear layers with a *hidden layer* of 4 * n_emb numbers
+# on each position by itself, and is two linear layers with a hidden layer of 4 * n_emb numbers
 # between them.
 #
 # Two linear layers alone could do no more than one: (x @ M) @ N is x @ (M @ N), and M @ N is just
@@ -633,7 +633,7 @@ class MLP(nn.Module):
 # to x (a *residual connection*), so a layer needs to learn only what to change. The vector that
 # travels along this line, from the first block to the last, is called the *residual stream*. It is
 # a road for the gradient as well. In a plain chain of layers slopes multiply: after twelve layers
-# with slopes of 1/2, only 1/4096 of the gradient reaches the first one (*vanishing gradient*). But
+# with slopes of 1/2, only 1/4096 of the gradient reaches the first one (vanishing gradient). But
 # x + f(x) has the slope 1 + f'(x). Thanks to the 1, part of the gradient passes every layer as if
 # it were not there. (He et al., 2015)
 #
@@ -646,7 +646,7 @@ class MLP(nn.Module):
 #     divided by the root of 14/3        -0.93    -0.46     1.39        14/3 = (4 + 1 + 9) / 3
 #
 # Then it multiplies each number by a *gain* and adds a bias, both of them learned, in case that was
-# too much of a good thing. In GPT-2 it stands at the start of each side branch (*pre-norm*); the
+# too much of a good thing. In GPT-2 it stands at the start of each side branch (pre-norm); the
 # original transformer had it on the stream itself and was harder to train. (Ba et al., 2016)
 
 
@@ -845,7 +845,7 @@ def sees_the_future(model):
 #
 # Suppose the model is trained. How does it write? It predicts one token, we append it, and the
 # model reads the longer text (*autoregressive* generation; running a trained model is called
-# *inference*):
+# inference):
 #
 #     for _ in range(100):
 #         logits = model(mx.array([tokens[-ctx_len:]]))  # (1, T, vocab_size)
@@ -975,7 +975,7 @@ def type_out(model, tokenizer, prompt):
 # slopes are a thousand times as large as others, so that any one rate is too high for some and too
 # low for the rest. What can be trusted is whether the slope keeps its sign. *Adam* goes by that.
 # For each parameter it keeps two moving averages, m of the slope g, and v of its square. (They are
-# also called the first and second *moments*. This v has nothing to do with values.)
+# also called the first and second moments. This v has nothing to do with values.)
 #
 #     m = beta1 * m + (1 - beta1) * g
 #     v = beta2 * v + (1 - beta2) * g * g
@@ -985,7 +985,7 @@ def type_out(model, tokenizer, prompt):
 # step, be it 0.001 or 10, then m / sqrt(v) is 1, and w moves by the full lr. If g alternates
 # between 1 and -1, the terms of m mostly cancel while v stays 1, and the ratio is only 0.05. With
 # random signs it is typically 0.23. In short: where the batches agree, go ahead; where they
-# quarrel, stay put. (At first m and v are too small, since they start at 0; *bias correction*
+# quarrel, stay put. (At first m and v are too small, since they start at 0; bias correction
 # scales them up. A tiny number is added to sqrt(v), so that nothing is divided by 0. Kingma and Ba,
 # 2014)
 #
@@ -1031,15 +1031,15 @@ def make_optimizer(total_steps):
 
 # Before we write the step itself, it helps to know three things about MLX.
 #
-# It is lazy (*lazy evaluation*). `a + b` computes nothing; it only adds a node to a *computation
-# graph*. The work is done when somebody needs a value: .item(), print, or mx.eval. That lets MLX
+# It is lazy (lazy evaluation). `a + b` computes nothing; it only adds a node to a computation
+# graph. The work is done when somebody needs a value: .item(), print, or mx.eval. That lets MLX
 # see a whole step before it computes any of it. The catch is that a loop in which nobody ever asks
 # for a value computes nothing at all, while its graph grows and grows.
 #
 # It differentiates. We never write a backward pass: nn.value_and_grad(model, loss_fn) is a function
 # that returns the loss and the gradient, the latter as a tree like that of the parameters.
 #
-# It compiles. The first time you call a function that went through mx.compile, MLX *traces* it: the
+# It compiles. The first time you call a function that went through mx.compile, MLX traces it: the
 # Python code runs once, and the operations on arrays are recorded. All later calls replay the
 # recording (until the inputs have other shapes or types). That is faster, since Python is out of
 # the loop and small operations are merged. But it means that Python is out of the loop:
@@ -1248,7 +1248,7 @@ def describe(text, model):
 
 # Several machines can train one model together, if mlx.launch starts this program on all of them
 # (see the README). In each step, each of them computes the gradient for its own rows, and then all
-# take the mean (*data parallelism*). As they start with the same weights and make the same moves,
+# take the mean (data parallelism). As they start with the same weights and make the same moves,
 # their models stay the same. Only the first of them writes files and prints.
 
 
@@ -1486,7 +1486,7 @@ def last_run(checksum):
 
 @functools.cache  # makes it once, and returns the same one after that
 def second_stream():
-    """A *stream* is a queue of operations, and on a CPU each has a core to itself."""
+    """A stream is a queue of operations, and on a CPU each has a core to itself."""
     return mx.new_thread_local_stream(mx.cpu)
 
 
