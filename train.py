@@ -6,11 +6,12 @@
     python train.py --resume            go on with an interrupted run
 
 Show GPT-2 the beginning of a text, and it guesses what comes next. That is all it can do. But add
-the guess to the text and let it guess again, and again, and it writes. Ours guesses one character
-at a time. Trained on a computer without a GPU, the small model writes, after a newline:
+the guess to the text and let it guess again, and again, and it writes. (GPT is short for generative
+pre-trained transformer.) Ours guesses one character at a time. On a computer without a GPU we train
+a small model. Given nothing but a newline, it writes:
 
-    untrained             uQv$?Mz &zsLMx3led,qOyxSH'WUkApi:ikizTyBrFNW'.kJXXZbQviZicmMrM'bz
-    after 40 seconds      @FIRST@
+    untrained             uQv$?Mz &zsLMx3led,qOyxSH'⏎WUkApi:ikizTyBrFNW'.kJXXZb
+    after ten seconds     @FIRST@
     after two minutes     @LAST@
 
 Two minutes ago it could not tell a vowel from a dollar sign. A Mac's GPU gets a larger model, which
@@ -19,20 +20,20 @@ takes longer, learns to spell, and even keeps to a verse now and then.
 What happens in between is no magic, and the whole of it is in this file. GPT-2 is a *transformer*,
 one kind of *neural network*: a function with a great many adjustable numbers. They start out
 random, and so does its writing. We will build this function piece by piece, have it guess at a real
-text, and after each guess move every number a little in the direction that would have made the
+text, and each time it has guessed, nudge every number in the direction that would have made the
 guess better. Our library is MLX, Apple's own. It works much like NumPy, with two differences that
-matter here: it runs on the graphics processor (GPU) of a Mac, and it can find those directions for
-us, all at once.
+matter here: it can use the graphics processor (GPU) of a Mac, and it finds those directions for us,
+all at once.
 
      1. Settings      5. Loss and learning      9. Generating text       13. The command line
      2. Data          6. Attention             10. Training
      3. Tokenizer     7. MLP and block         11. Looking inside
      4. Batches       8. GPT                   12. The parts of a run
 
-Sections 1 to 11 are the lesson. Read it from the top while the program runs; it takes an hour or
-two, and you need no more than some Python. Then change something, run it again, and compare the
-validation loss, which says how badly the model predicts text that it has never seen. (Pure
-guessing gets 4.17. On the shipped text, the small model gets 1.54, the default model @DEF@.) Try
+Sections 1 to 11 are the lesson, which takes an hour or two and needs no more than some Python.
+Start a run, and read from the top while it works. Then change something, run it again, and compare
+the validation loss, which says how badly the model predicts text that it has never seen. Rolling
+dice gets 4.17. On the shipped text, the small model gets 1.53, and the default model @DEF@. Try
 `n_heads = 1` first, or your own text in input.txt. The README has more experiments, and the steps
 that lead from GPT-2 to the models of today.
 
@@ -83,7 +84,7 @@ ctx_len = 48 if small else 128  # context length: how many characters the model 
 n_emb = 56 if small else 128  # embedding size: how many numbers stand for one character
 n_heads = 7 if small else 4  # attention heads per block; n_emb must be a multiple of it
 n_layers = 1 if small else 3  # blocks
-dropout = 0.0 if small else 0.03  # fraction of activations zeroed in training
+dropout = 0.0 if small else 0.03  # fraction of the numbers inside the model zeroed in training
 num_epochs = 3 if small else 20  # passes over the training set
 batch_size = 8 if small else 32  # rows of text per step
 lr = 1e-2 if small else 3e-3  # peak learning rate; lower it if the loss jumps around
@@ -110,8 +111,7 @@ SETTINGS = [name for name, value in globals().items()
 # All our data is one text file. If the model has read a line a thousand times, being able to recite
 # it proves nothing. So it learns from the first nine tenths of the text only, the *training set*.
 # The last tenth, the *validation set*, is held out: there we see whether the model has learned
-# something about the language (generalization), or has merely memorized what it read
-# (*overfitting*).
+# something about the language or has merely memorized what it read, which is called *overfitting*.
 
 
 def load_text(path="input.txt"):
@@ -134,13 +134,12 @@ def split(text):
 #
 # A neural network computes with numbers, so the text must become numbers before anything else can
 # happen. We cut it into *tokens*, here single characters. The list of all different tokens is the
-# *vocabulary*, and the *token ID* of a character is its place in this list. (From here on, "token"
-# will often mean this number.)
+# *vocabulary*, and the place of a token in this list is its *token ID*. Like most code, ours simply
+# calls this number the token.
 #
-# GPT-2's own vocabulary has 50,257 tokens, from single letters to whole words, which were found by
-# *byte-pair encoding* (Sennrich et al., 2016). With it, the same text needs fewer tokens; but a
-# small text holds too little to learn that many. Characters are simpler, and the model cannot tell
-# the difference: all it ever sees are the numbers.
+# GPT-2's own vocabulary, found by *byte-pair encoding*, has 50,257 tokens, from single letters to
+# whole words. The same text needs fewer of them, but ours is too small to learn so many. Characters
+# are simpler, and the model cannot tell the difference, since all it ever sees is numbers.
 
 
 def build_vocab(text):
@@ -177,22 +176,22 @@ class CharTokenizer:
 #
 # A *language model* sees the text so far and predicts the next token. To learn, it needs questions
 # with answers. Who writes down the answers, a million of them? Nobody has to. The text is full of
-# them already: whatever you cover up, the next character is right there (*self-supervised
-# learning*). The shipped text begins with "First Citizen:". Here are its first T = 8 tokens, x, and
-# the answers to them, the *targets* y, which are the same text one place further on. (_ is a
-# space.)
+# them already, because wherever you stop reading, the next character is right there. This is called
+# *self-supervised learning*. The shipped text begins with "First Citizen:". Here are its first T =
+# 8 tokens, x, and the right answers, the *targets* y, which are the same text one place further on.
+# (_ is a space.)
 #
 #     x = 18 47 56 57 58  1 15 47        F i r s t _ C i
 #     y = 47 56 57 58  1 15 47 58        i r s t _ C i t
 #
 # This one row holds eight questions. What follows "F"? What follows "Fi"? And so on, up to "First
-# Ci", which is followed by "t". The model answers all of them at once, one at each position of
-# the row, where it sees the characters up to that position and none of those after it.
+# Ci", which is followed by "t". The model answers all of them at once, one at each position of the
+# row, where it sees the characters up to that position and none of those after it.
 #
-# The hardware likes to work on many numbers at a time, so we give the model B rows at once, which
-# is called a *batch* (or mini-batch). The rows know nothing of one another. A batch is an array,
-# a grid of numbers, whose shape says how long it is along each of its axes: (B, T) means B rows
-# of T numbers. In an index, a colon takes everything along an axis: a[:, 0] is the first column.
+# The hardware likes to work on many numbers at a time, so we give the model B rows at once, a
+# *batch* (or mini-batch). The rows know nothing of one another. A batch is an array, a grid of
+# numbers, whose shape says how long it is along each of its axes: (B, T) means B rows of T numbers.
+# In an index, a colon takes everything along an axis: a[:, 0] is the first column.
 #
 # A whole pass over the training set is an *epoch*. If every epoch cut the text into rows at the
 # same places, then what stands just before a cut would never help to predict what stands just after
@@ -237,39 +236,44 @@ def count_batches(tokens, ctx_len, batch_size):
 
 # %% 5. Loss and learning
 #
-# Before we build the model, let us agree on how to judge it. At each position it gives each of the
-# V tokens of the vocabulary a number, its *logit*: the higher, the more likely that token is to
-# come next. *Softmax* turns the logits s_1 to s_V into probabilities, which are positive and sum to
-# 1:
+# Now we have questions with answers. Before we build something that answers them, let us agree on
+# how to judge it. At each position the model gives each of the V tokens of the vocabulary a number,
+# its *logit*. The higher it is, the more likely that token is to come next. *Softmax* turns the
+# logits s_1 to s_V into probabilities, which are positive and sum to 1:
 #
 #     p_i = exp(s_i) / (exp(s_1) + ... + exp(s_V))        (2, 1, 0) -> (0.67, 0.24, 0.09)
 #
-# Then the text reveals which token really came next. Let p be the probability that the model had
-# given to it. The *loss* is -ln p: nothing if the model was certain, and more the more it is
-# surprised. (You will also meet it as surprisal or *negative log-likelihood*.)
+# The exponential makes everything positive, and it turns differences of logits into ratios of
+# probabilities: p_i / p_j = exp(s_i - s_j). So adding the same number to all logits changes
+# nothing. Keep this in mind; it will come back.
+
+# Then the text reveals which token really came next. Let p be the probability that the model gave
+# it. The *loss* is -ln p, which is 0 if the model was certain of that token, and grows with its
+# surprise. You will also meet it as the *negative log-likelihood*.
 #
 #     p        1       0.22     1/65      0.001
 #     loss     0       1.5      4.17      6.9
 #
-# Why a logarithm? Because the probability of a whole text is a product: if the model gives "F" 1/2,
-# and then "i" 1/4, it gives "Fi" 1/8, and a play as a whole gets next to nothing. A logarithm turns
+# Why a logarithm? Because the probability of a whole text is a product. If the model gives "F" 1/2,
+# and then "i" 1/4, it gives "Fi" 1/8, and a whole play gets next to nothing. A logarithm turns
 # products into sums, so the losses of single tokens can simply be added up or averaged. The mean is
 # the *cross-entropy*, in *nats* per token. If you prefer a number that you can picture, take
-# exp(loss), the *perplexity*: at a loss of 1.5, the model is as unsure as if it had to choose among
+# exp(loss), the *perplexity*. At a loss of 1.5, the model is as unsure as if it had to choose among
 # exp(1.5) = 4.5 equally likely characters.
 #
 # And what is a good loss? Rolling a die with 65 sides gets ln 65 = 4.17. The classic rival is an
 # *n-gram model*, which has no neurons at all. It counts, in the training set, which characters
-# followed each string of n - 1 characters: if "th" was followed by "e" 60 times out of 100, then
-# "e" gets about 0.6 after "th". But a character that was never seen there would get p = 0 and an
-# infinite loss. Therefore some probability is moved from what was seen to what a shorter string
-# predicts, which is called smoothing (ours is modified Kneser-Ney). On the shipped text:
+# followed each string of n - 1 characters. If "th" was followed by "e" 60 times out of 100, then
+# "e" gets about 0.6 after "th". Although this is hard to beat, it has a hole: a character that was
+# never seen there would get p = 0 and an infinite loss. So smoothing takes a little from what was
+# seen and shares it out as a shorter string predicts (ours is modified Kneser-Ney). On the shipped
+# text:
 #
 #     n        1       2       3       4       5       6       7
 #     loss     3.24    2.36    1.83    1.51    1.38    1.34    1.33
 #
-# These are the numbers to beat. The small model will come close to n = 4, and the default model
-# will beat all of them.
+# These are the numbers to beat. The small model will beat n = 3 and come close to n = 4; the
+# default model will beat them all.
 
 
 def loss_fn(model, x, y):
@@ -278,30 +282,32 @@ def loss_fn(model, x, y):
     return nn.losses.cross_entropy(logits, y, reduction="mean")  # softmax, -ln p, mean
 
 
-# To learn is to change the parameters so that the loss falls. How does one know in which
-# direction to change them? Let us try it with a model so small that we can watch: it has one
-# parameter, w, and a language of two letters, where 3 of 4 letters are "a" and the rest are "b".
-# The logit of "a" is w, that of "b" is always 0.
+# To learn is to change the parameters so that the loss falls. How do we know which way to change
+# them? Let us try it with a model so small that we can watch. It has one parameter, w, and its
+# language has two letters: 3 of 4 letters are "a", the rest are "b". The logit of "a" is w, and
+# that of "b" is always 0.
 
 
 def toy_loss(w):
     """The loss of a model with one parameter, a scalar array.
 
-    Shall w go up or down? Nudge it, and see what the loss does:
+    Should w go up or down? Nudge it, and see what the loss does. (.item() is the number in an
+    array.)
 
     >>> change = toy_loss(mx.array(0.001)) - toy_loss(mx.array(0.0))
     >>> print(f"{change.item() / 0.001:.3f}")
     -0.250
 
-    Around w = 0, the loss changes by -0.25 for each 1 that w grows. This is its slope there, or
-    *derivative*. The loss falls as w grows, so w should grow. MLX finds the slope without a nudge:
+    Around w = 0, the loss changes -0.25 times as much as w does. This is its slope there, or
+    *derivative*. As it is negative, the loss falls when w grows, so w should grow. MLX finds the
+    slope without a nudge:
 
     >>> slope = mx.grad(toy_loss)
     >>> print(f"{slope(mx.array(0.0)).item():.3f}")
     -0.250
 
-    *Gradient descent* moves w a little against the slope, and then does it again from there. How
-    far, we choose: that is the *learning rate*, here 2.
+    *Gradient descent* moves w against the slope, and then again from there. How far is our choice,
+    the *learning rate*, here 2.
 
     >>> w = mx.array(0.0)
     >>> for step in range(4):
@@ -323,16 +329,16 @@ def toy_loss(w):
 #     loss       0.6931   0.5991   0.5740   0.5664   ...   0.5623
 #
 # Look where w settles: where p is 3/4, which is exactly how often an "a" comes up. Nobody told the
-# model to count letters. It counted them because that is what makes the loss small. Nor does the
-# loss reach 0, because in this language the next letter is partly chance, and in ours as well. And
-# if we are greedy? With a learning rate of 20, the first step overshoots to w = 5, where the loss
-# is 1.26, worse than at the start.
+# model to count letters. It counted them because that is what makes the loss small. Yet the loss
+# does not reach 0, because the next letter is partly chance, as it is in English. And if we are
+# impatient? With a learning rate of 20, the first step overshoots to w = 5, where the loss is 1.26,
+# worse than at the start.
 #
 # A real model has a great many parameters, and a slope, or partial derivative, for each. All of
-# them together, in one long vector, are the *gradient*. To nudge one parameter at a time, we would
-# have to run the model once for each, half a million times for a single step. *Backpropagation*
-# gets the whole gradient for the price of about two more runs. It rests on the *chain rule*: if one
-# number depends on another, and that on a third, the slopes multiply.
+# them together, in one long vector, are the *gradient*. If we nudged one parameter at a time, a
+# single step of the default model would need some 600,000 runs. *Backpropagation* gets the whole
+# gradient for the price of about two. It rests on the *chain rule*: if one number depends on
+# another, and that on a third, the slopes multiply.
 #
 #         slope 3       slope -2
 #     w ----------> z ----------> loss          slope of the loss with respect to w: 3 * -2 = -6
@@ -353,7 +359,7 @@ def toy_loss(w):
 #       |   position into a vector              (B, T, n_emb)      section 8
 #       v
 #     block: attention, then an MLP             (B, T, n_emb)      sections 6 and 7
-#       |   ... n_layers of these, each working on what the one before has left
+#       |   ... n_layers of these, each working on the result of the one before
 #       v
 #     block                                     (B, T, n_emb)
 #       |   one more table turns each vector
@@ -365,8 +371,8 @@ def toy_loss(w):
 # describes no more than its own character and its own place. Only attention ever moves anything
 # from one position to another. All the rest works on each vector by itself.
 #
-# GPT-2 is the half of the original transformer that writes (decoder-only). All its parts get
-# their sizes in one object:
+# The first transformer was made for translation, and had one half that reads and one that writes.
+# GPT is the half that writes (decoder-only). Its sizes are kept in one object:
 
 
 @dataclass  # writes __init__ for us
@@ -383,18 +389,19 @@ class GPTConfig:
 
 # You have read "What is the cou", and you want to guess what comes next. The "u" alone says little.
 # Knowing that "co" came before it says a lot. How can a position get at what stands before it? The
-# dumbest way is to average: replace each vector by the mean of its own and all earlier ones. As
-# weights in a table, with a row for each position that asks and a column for each one that answers:
+# crudest way is to average: replace each vector by the mean of its own and all earlier ones. Here
+# are the weights for three positions, in a table with a row for each position that asks and a
+# column for each that answers:
 #
 #     1    0    0          = softmax(0, -inf, -inf)
 #     1/2  1/2  0          = softmax(0,    0, -inf)
 #     1/3  1/3  1/3        = softmax(0,    0,    0)
 #
 # The zeros in the upper right corner are there for a reason. The position to the right holds the
-# very answer that we ask for. A model that saw it would learn to copy and nothing else, and when it
-# has to write, there is nothing to its right to copy. Hence the right-hand side: softmax turns
-# equal numbers into equal weights, and -inf into a weight of exactly 0, because exp(-inf) = 0.
-# Where to put the -inf is the *causal mask*:
+# very answer that we ask for. A model that saw it would learn to copy and nothing else, but when it
+# has to write, there is nothing to its right to copy. This is what softmax is doing here. It turns
+# equal numbers into equal weights, and -inf into a weight of exactly 0, because exp(-inf) = 0. The
+# places that get -inf form the *causal mask*:
 
 
 def causal_mask(T, S):
@@ -407,42 +414,48 @@ def causal_mask(T, S):
      [False False  True]
      [False False False]]
     """
-    i = mx.arange(S - T, S)[:, None]  # (T, 1): a column
+    i = mx.arange(S - T, S)[:, None]  # (T, 1): None adds an axis, so this is a column
     j = mx.arange(S)  # (S,): a row
-    return j > i  # (T, S): by *broadcasting*, the column and the row are both stretched to a table
+    return j > i  # (T, S): both are stretched to a table, which is called *broadcasting*
 
 
 # An average treats all alike, so for "u" the "W" far away would count as much as the "o" next to
-# it. We want each position to choose whom it listens to. Therefore the zeros become *scores*: if
-# the score of another position is high, softmax gives it much of the weight, and we *attend to* it.
+# it. We want each position to choose whom it listens to. So we replace the zeros by *scores*. If
+# position i gives position j a high score, softmax gives j much of the weight, and i *attends to*
+# j.
 #
 # What should the score be? Something that can be computed from the two vectors, and that learning
 # can shape. A simple measure of how well two vectors agree is their *dot product*: multiply entry
 # by entry, and add up.
 #
 #     (1, 2) and (3, 4):       1 * 3 + 2 * 4  =  11
-#     (1, 2) and (-3, -4):     the same with a minus
+#     (1, 2) and (-3, -4):    -1 * 3 - 2 * 4  =  -11
 #     (1, 2) and (2, -1):      1 * 2 - 2 * 1  =  0
 #
 # It is large if two long vectors point the same way. But should the score simply be the dot product
-# of the two vectors? No, for then each position would mostly find those like itself, and if "u"
-# attended to "o", "o" would attend to "u" just as much. What "u" asks for ("which letters stand
-# before me?") is not what "u" has to offer ("I am a vowel, the third letter of a word"). And what
-# it gives to those who find it may be something else again. So each position gets three vectors:
+# of the two vectors? No, for then each position would mostly find those like itself, and any two
+# would have the same score for each other. And what "u" asks for ("which letters came just
+# before?") is not what it has to offer ("here is a vowel"). What it gives to those who find it may
+# be something else again. So each position gets three vectors:
 #
 #     *query*    what I am looking for
 #     *key*      what others can find me by
 #     *value*    what I pass on to those who find me
 #
-# All three are made from its vector, by a *matrix* of parameters each. A matrix is a table of
-# numbers, and the matrix product x @ M of a vector with it is a new vector, which holds the dot
-# products of x with each column of M. So every number in a query is the answer to a question about
-# x, and learning decides on the questions. If x has many rows, x @ M does this to each of them.
+# All three are made from its vector, each by its own *matrix* of parameters. This is the page to
+# read twice, so take it slowly. A matrix is a table of numbers. Multiply a vector x by a matrix M,
+# x @ M, and you get a new vector: the dot products of x with the columns of M.
+#
+#     x = (1, 2)      M = 3  0      x @ M = (1 * 3 + 2 * 4, 1 * 0 + 2 * 5) = (11, 10)
+#                         4  5
+#
+# So every number in a query is the answer to a question about x, and learning finds the questions.
+# If x has many rows, x @ M does this to each of them.
 #
 # The score of position i for position j is the dot product of i's query and j's key. To get all
-# scores at once, we need the dot product of each row of q with each row of k. A matrix product goes
-# by columns, so k is first transposed: k.mT is k with its rows turned into columns, and q @ k.mT
-# is the table of all scores.
+# scores at once, we need the dot product of each row of q with each row of k. Because a matrix
+# product goes by columns, k is first transposed: k.mT is k with its rows turned into columns, and q
+# @ k.mT is the table of all scores.
 
 
 def attention_weights(q, k):
@@ -480,39 +493,39 @@ def attention_weights(q, k):
     T, S = q.shape[-2], k.shape[-2]
     scores = q @ k.mT  # (..., T, S)
     scores = scores / math.sqrt(q.shape[-1])
-    scores = mx.where(causal_mask(T, S), -mx.inf, scores)
+    scores = mx.where(causal_mask(T, S), -mx.inf, scores)  # -inf where the mask is True
     return mx.softmax(scores, axis=-1)  # (..., T, S): each row sums to 1
 
 
 # One line needs defending. Why divide by sqrt(head_size)? The more numbers a query and a key have,
 # the larger their dot product tends to be, and large scores bring learning to a halt.
 #
-# How large, then? If the numbers in both are random, with mean 0 and typical size 1, then so are
-# their products. A score adds up head_size of them. Since they are as often negative as positive,
-# they mostly cancel, but not quite: what is left is typically sqrt(head_size) in size. (For random
-# numbers it is the squares that add up. The mean square is the variance, and its root the
-# standard deviation, which is what we call typical size.) Suppose one score is that large, and
-# another is 0:
+# Suppose that the numbers in both are random, with mean 0 and typical size 1. (In ours they start
+# smaller, and grow.) Then so are their products. A score adds up head_size of these, as often
+# negative as positive, so they mostly cancel, but not quite: what is left is typically
+# sqrt(head_size) in size. (For random numbers it is the squares that add up. The mean square is the
+# variance, and its root, the standard deviation, is what we call typical size.) Now watch what this
+# does to softmax, if one score is that large and another is 0:
 #
 #     head_size              1        8        32       128
 #     sqrt(head_size)        1        2.83     5.66     11.31
 #     softmax(that, 0)[0]    0.731    0.944    0.997    1.000
 #
 # The larger the head, the closer the winner comes to taking everything: softmax saturates. Out at
-# 1.000, to nudge a score changes next to nothing, hence there is hardly a slope to follow, and
-# queries and keys stop learning. Divided by the root, it is 0.731 whatever the size. Does a model
-# as small as ours need it? Make a guess, and then see the experiment in the README.
+# 1.000, nudging a score changes next to nothing, so there is hardly a slope to follow, and queries
+# and keys stop learning. If we divide by the root, the winner gets 0.731, whatever the size. Does a
+# model as small as ours need it? Make a guess, and then see the experiment in the README.
 #
 # What we have now is one attention *head*. At each position it forms one average, so it can look
 # for one thing at a time: the letter before this one, perhaps, or where the word began, or who is
 # speaking. A good guess needs all three. So we let n_heads of them work side by side, each with its
-# own queries, keys, and values of head_size = n_emb / n_heads numbers, and put what they find back
-# together into n_emb numbers. (Section 11 shows what the heads of a trained model look for.)
+# own queries, keys, and values of head_size = n_emb / n_heads numbers, and join what they find into
+# n_emb numbers again. What the heads of a trained model really look for, we will see in section 11.
 #
-# In MLX, a part of a model is a class derived from nn.Module. Calling the object runs its __call__
-# method. One thing to know before you write your own: a Module takes every array that you assign to
-# an attribute for a parameter, and trains it. If it is a constant, such as a mask or a table of
-# sines, let its name begin with an underscore.
+# In MLX, each kind of part is a class derived from nn.Module, and each part an object of it.
+# Calling the object runs its __call__ method. One thing to know before you write your own: a Module
+# treats every array that you assign to an attribute as a parameter, and trains it. If it is a
+# constant, such as a mask or a table of sines, let its name begin with an underscore.
 
 
 class MultiHeadAttention(nn.Module):
@@ -525,7 +538,7 @@ class MultiHeadAttention(nn.Module):
 
         (B, n_heads, T, head_size) @ (B, n_heads, head_size, T) = (B, n_heads, T, T)
 
-    MLX has all this as one fast function, mx.fast.scaled_dot_product_attention. But it has no
+    MLX offers all this as one fast function, mx.fast.scaled_dot_product_attention. But it has no
     dropout and keeps the weights to itself, and they are what we came to see.
     """
 
@@ -539,10 +552,10 @@ class MultiHeadAttention(nn.Module):
         self.k_proj = nn.Linear(config.n_emb, config.n_emb)
         self.v_proj = nn.Linear(config.n_emb, config.n_emb)
         self.c_proj = nn.Linear(config.n_emb, config.n_emb)  # mixes what the heads have found
-        # *Dropout* sets a random fraction of its input to 0, and scales up the rest to make up for
-        # it. It sounds like sabotage, and it is: no part can rely on any single number, which makes
-        # memorizing hard. (What makes overfitting harder is called *regularization*.) It acts only
-        # in training: model.train() turns it on, and model.eval() off.
+        # *Dropout* sets a fraction of its input, chosen at random, to 0, and scales up the rest to
+        # make up for it. It sounds like sabotage, and it is. As no part can rely on any single
+        # number, memorizing becomes hard, which is one kind of *regularization*. It acts only in
+        # training: model.train() turns it on, and model.eval() off.
         self.attn_dropout = nn.Dropout(config.dropout)
         self.resid_dropout = nn.Dropout(config.dropout)  # residual: see section 7
 
@@ -562,7 +575,7 @@ class MultiHeadAttention(nn.Module):
          [4 5 6 7]]
         """
         B, T, _ = x.shape
-        x = x.reshape(B, T, -1, self.head_size)  # (B, T, n_heads, head_size): -1 is what is left
+        x = x.reshape(B, T, -1, self.head_size)  # (B, T, n_heads, head_size); -1: whatever fits
         return x.transpose(0, 2, 1, 3)  # (B, n_heads, T, head_size)
 
     def __call__(self, x, cache=None):
@@ -578,24 +591,25 @@ class MultiHeadAttention(nn.Module):
         return self.resid_dropout(self.c_proj(out))  # (B, T, n_emb)
 
 
-# A curiosity: the bias of k_proj has no effect whatever. It adds the same number (the dot product
-# of query and bias) to all scores in a row, and softmax does not notice. GPT-2 has it all the same.
+# A curiosity: the bias of k_proj has no effect whatever. It adds the same number, the dot product
+# of query and bias, to all scores in a row, and softmax does not notice. GPT-2 has it all the same.
 # The smallest of OpenAI's models carries 9,216 of these numbers, trained with care and good for
 # nothing.
 
 # %% 7. MLP and block
 #
-# Attention lets the positions talk to one another, but it can only average. It cannot conclude
-# anything from what it has heard: that after "q" comes "u", say, unless this is the end of a word.
-# That is the job of the *MLP* (multilayer perceptron, also called feed-forward network). It works
-# on each position by itself, and is two linear layers with a hidden layer of 4 * n_emb numbers
-# between them.
+# Attention lets the positions talk to one another, but it can only average what they say. At the
+# end of "What is the cou", the "u" has heard of a "c" and an "o" and a space before them. It takes
+# more to conclude that a word has begun with "cou", so that an "l" or an "n" or an "r" is due. That
+# is the job of the *MLP* (multilayer perceptron, also called feed-forward network). It works on
+# each position by itself, and is two linear layers with a hidden layer of 4 * n_emb numbers between
+# them.
 #
-# Two linear layers alone could do no more than one: (x @ M) @ N is x @ (M @ N), and M @ N is just
-# another matrix. Therefore a *nonlinearity* (or activation function) goes in between, any function
-# whose graph is not a straight line. The simplest is *ReLU*, max(0, x). GPT-2 uses *GELU*, much the
-# same with the corner rounded off: x times the probability that a random number from the bell curve
-# (mean 0, variance 1) is below x.
+# A linear layer can only add up evidence, so it cannot say "only if". Nor could two of them alone,
+# because (x @ M) @ N is x @ (M @ N), and M @ N is just another matrix. A *nonlinearity* (or
+# activation function) must go in between, some function whose graph is not a straight line. The
+# simplest is *ReLU*, max(0, x). GPT-2 uses *GELU*, much the same with the corner rounded off: x
+# times the probability that a random number from the bell curve (mean 0, variance 1) is below x.
 #
 #     x           -3       -0.75    0        1        3
 #     gelu(x)     -0.004   -0.170   0        0.841    2.996
@@ -604,9 +618,8 @@ class MultiHeadAttention(nn.Module):
 # in capitals?") The first layer, c_fc, asks them all. GELU turns a clear no into nearly 0 and lets
 # a yes pass, and c_proj translates what was answered into a change to the vector.
 #
-# (The factor of 4 is a convention. The names are GPT-2's: fc for fully connected, and the c_ is
-# left over from its code. There, GELU is computed by a formula that is off by less than 0.0005,
-# which in MLX is called gelu_approx. Hendrycks and Gimpel, 2016)
+# (The factor of 4 is a convention, and fc stands for "fully connected". OpenAI's code computes GELU
+# by a formula that is off by less than 0.0005, which in MLX is called gelu_approx.)
 
 
 class MLP(nn.Module):
@@ -624,18 +637,19 @@ class MLP(nn.Module):
 
 
 # First the positions talk, then each of them thinks: attention and an MLP together are a *block*.
+# (ln_1 and ln_2 are LayerNorms, which we come to in a moment.)
 #
 #     x ---+---------------------->(+)---+---------------->(+)---> x
 #          |                        ^    |                  ^
 #          +--> ln_1 --> attention -+    +--> ln_2 --> MLP -+
 #
-# Look at the line that runs straight through. What a layer computes does not replace x, it is added
-# to x (a *residual connection*), so a layer needs to learn only what to change. The vector that
+# Look at the line that runs straight through. What a layer computes does not replace x but is added
+# to it, by a *residual connection*, so a layer needs to learn only what to change. The vector that
 # travels along this line, from the first block to the last, is called the *residual stream*. It is
-# a road for the gradient as well. In a plain chain of layers slopes multiply: after twelve layers
-# with slopes of 1/2, only 1/4096 of the gradient reaches the first one (vanishing gradient). But
-# x + f(x) has the slope 1 + f'(x). Thanks to the 1, part of the gradient passes every layer as if
-# it were not there. (He et al., 2015)
+# a road for the gradient as well. In a plain chain of layers slopes multiply, so after twelve
+# layers with slopes of 1/2, only 1/4096 of the gradient reaches the first one. But x + f(x) has the
+# slope 1 + f'(x). Thanks to the 1, part of the gradient passes every layer as if the layer were not
+# there.
 #
 # There is a price. As layer after layer adds to it, the stream grows, and scores computed from it
 # would grow until softmax saturated. So each layer first passes its input through a *LayerNorm*. It
@@ -646,8 +660,8 @@ class MLP(nn.Module):
 #     divided by the root of 14/3        -0.93    -0.46     1.39        14/3 = (4 + 1 + 9) / 3
 #
 # Then it multiplies each number by a *gain* and adds a bias, both of them learned, in case that was
-# too much of a good thing. In GPT-2 it stands at the start of each side branch (pre-norm); the
-# original transformer had it on the stream itself and was harder to train. (Ba et al., 2016)
+# too much of a good thing. GPT-2 puts its LayerNorms at the start of each side branch (pre-norm).
+# The original transformer had them on the stream itself, and was harder to train.
 
 
 class Block(nn.Module):
@@ -675,24 +689,25 @@ class Block(nn.Module):
 # everything else, and characters that behave alike end up with similar rows.
 #
 # But the vector must say where the character stands as well. A weighted average knows no order: in
-# the first attention layer, the "a" of "tea" and the "a" of "eta" would get the same, as each
-# averages over an e, a t, and an a. So there is a second table, the *position embedding* wpe, with
-# a row for each position, and the two rows are added. (Added, not put side by side? With so many
-# numbers in a vector, the model finds room for both.) This is why it cannot see more than ctx_len
-# characters: wpe has no more rows.
+# the first attention layer, the "a" of "tea" and the "a" of "eta" would get the same average, over
+# an e, a t, and an a. So there is a second table, the *position embedding* wpe, with a row for each
+# position, and the two rows are added. (Added, not put side by side? With so many numbers in a
+# vector, the model finds room for both.) This is why it cannot see more than ctx_len characters:
+# wpe has no more rows.
 #
 # At the other end, after the blocks and one last LayerNorm, ln_f, stands the *output head*, which
 # has nothing to do with attention heads. The logit of a token is the dot product of the vector with
-# that token's row of wte. So the model predicts "e" by making its vector resemble the row of "e".
-# Using the same table at both ends saves parameters and works well (*weight tying*; Press and Wolf,
-# 2016). If you train on a text of your own, its vocabulary is another, and so is this table: a
-# model knows only the characters it was made for.
+# that token's row of wte. So after "What is the cou", the model predicts "n" by making the vector
+# of the "u" resemble the row of "n". Using the same table at both ends is called *weight tying*; it
+# saves parameters and works well. If you train on a text of your own, both its vocabulary and this
+# table will be different, so a model knows only the characters it was made for.
 #
 # How should the parameters begin? If all were equal, all numbers that a layer computes would be
 # equal, would get equal gradients, and would stay equal forever, many numbers doing the work of
-# one. So the matrices begin at random, and small, so that at first no token is preferred much.
-# Hence a good test: the first loss must lie close to ln vocab_size (and a little above, since even
-# small logits are not all equal). An honest beginner knows nothing, and says so.
+# one. The matrices therefore begin random, and small, so that at first no token is much preferred.
+# That gives us a test: the first loss must lie close to ln vocab_size, and a little above, because
+# a preference without a reason costs more than it gains. An honest beginner knows nothing, and says
+# so.
 
 
 class GPT(nn.Module):
@@ -706,8 +721,9 @@ class GPT(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = [Block(config) for _ in range(config.n_layers)]
         self.ln_f = nn.LayerNorm(config.n_emb)
-        # The parameters form a tree of arrays (dicts and lists, one inside another, as above). This
-        # calls init_weight(name, array) for each array, and puts the results in their place.
+        # The parameters of a Module form a tree: dicts and lists, one inside another like the parts
+        # they belong to, with arrays at the ends. This calls init_weight(name, array) for each
+        # array, and puts the results in their place.
         self.update(tree_map_with_path(self.init_weight, self.trainable_parameters()))
 
     def init_weight(self, name, weight):
@@ -723,7 +739,9 @@ class GPT(nn.Module):
                              f"one, or, if it is a constant, begin its name with _")
         if weight.ndim == 1:  # the gains of LayerNorm
             return mx.ones_like(weight)
-        std = 0.02  # GPT-2's standard deviation (but OpenAI's code has 0.01 for wpe)
+        # GPT-2's standard deviation. With its 768 numbers coming in, of size 1, those that go out
+        # have size 0.02 * sqrt(768) = 0.55. (OpenAI's code has 0.01 for wpe.)
+        std = 0.02
         if name.endswith("c_proj.weight"):
             # Each block adds the outputs of two c_proj layers to the residual stream. A sum of N
             # independent numbers is typically sqrt(N) times as large as each, so we divide by that.
@@ -745,7 +763,7 @@ class GPT(nn.Module):
         for block, cache in zip(self.blocks, caches, strict=True):
             x = block(x, cache)  # (B, T, n_emb)
         x = self.ln_f(x)
-        return self.wte.as_linear(x)  # x @ wte.T: (B, T, vocab_size)
+        return self.wte.as_linear(x)  # x @ self.wte.weight.mT: (B, T, vocab_size)
 
 
 # That was all of it. Leave out dropout and the cache, and GPT-2 fits on one screen:
@@ -772,7 +790,7 @@ def forward_pass(model, tokens):
         x = x + mha.c_proj(heads)  # (B, T, n_emb)
         hidden = nn.gelu_approx(mlp.c_fc(block.ln_2(x)))  # (B, T, 4 * n_emb)
         x = x + mlp.c_proj(hidden)  # (B, T, n_emb)
-    return model.ln_f(x) @ model.wte.weight.T  # (B, T, vocab_size)
+    return model.ln_f(x) @ model.wte.weight.mT  # (B, T, vocab_size)
 
 
 # With the default settings and 65 characters, the parameters are
@@ -791,7 +809,7 @@ def forward_pass(model, tokens):
 # So nearly all of them are in the blocks, and two thirds of a block is its MLP. The smallest GPT-2
 # has n_emb = 768, 12 heads, 12 blocks, ctx_len = 1024, and 50,257 tokens: 124 million parameters.
 # It differs from ours only in size, tokens, and training, so OpenAI's weights can be loaded into
-# this very class; the README shows how. (Radford et al., 2019)
+# this very class. The README shows how.
 
 
 def count_parameters(model):
@@ -804,10 +822,11 @@ def count_parameters(model):
     return sum(weight.size for _, weight in tree_flatten(model.parameters()))
 
 
-# You will want to change the model, and to see whether the loss gets better. Beware if it gets
-# wonderful. Forget the mask, or one transpose, and positions see the answers. Training is then
-# quick to find out, and reports a loss that no honest model reaches. This function notices, and
-# train() calls it with each report.
+# You will want to change the model, and see whether the loss gets better. But what if it gets
+# wonderful? Forget the mask, or one transpose, and positions see the answers. The model is quick to
+# find out, and reports a loss that no honest one could reach. This function notices, and train()
+# will call it with each report. (It cannot notice targets that are shifted the wrong way. The model
+# then need only copy what it has, and the loss falls to @COPY@.)
 
 
 def sees_the_future(model):
@@ -825,27 +844,11 @@ def sees_the_future(model):
     change = mx.abs(model(tokens) - before)  # (1, ctx_len, vocab_size)
     return mx.any(change[:, :-1] > 0).item()
 
-
-# If you change the model:
-#
-# - init_weight goes by name. In a layer of your own, call matrices and gains `weight` and biases
-#   `bias`. (nn.PReLU then starts with a slope of 1, doing nothing.) And 0.02 suits the widths that
-#   GPT-2 has: in a narrow model, a layer that multiplies two such outputs, as SwiGLU does, starts
-#   nearly dead unless its matrices begin larger.
-# - make_optimizer (section 10) goes by name as well: all matrices in `blocks` are decayed.
-# - A new size belongs into GPTConfig, last and with a default, so that older files still load.
-# - To turn positions into rotations (RoPE), rotate q and k just before the cache; the position of
-#   the first one is cache.offset, or 0 without a cache.
-# - All numbers are float32, good for about seven digits. The bfloat16 of large models has less than
-#   three: there, 1 + 0.001 is still 1, and gains that begin at 1 never move.
-# - The doctests of forward_pass and count_parameters describe GPT-2, so they will fail, and
-#   rightly.
-
 # %% 9. Generating text
 #
-# Suppose the model is trained. How does it write? It predicts one token, we append it, and the
-# model reads the longer text (*autoregressive* generation; running a trained model is called
-# inference):
+# Suppose the model is trained. How does it write? It reads "What is the cou" and predicts a token,
+# say "n". We append it, and let the model read the longer text. This is *autoregressive*
+# generation:
 #
 #     for _ in range(100):
 #         logits = model(mx.array([tokens[-ctx_len:]]))  # (1, T, vocab_size)
@@ -856,17 +859,17 @@ def sees_the_future(model):
 # circles, because once it has written a phrase, the same phrase is the likeliest continuation. So
 # we roll dice, loaded with the model's probabilities. The *temperature* decides how much they are
 # loaded. The logits are divided by it, which raises the ratio of any two probabilities to the power
-# 1 / temperature: at 0.5, a ratio of 2 : 1 becomes 4 : 1.
+# 1 / temperature. At 0.5, for instance, a ratio of 2 : 1 becomes 4 : 1.
 #
 #     logits             2      1      0
 #     temperature 0.5    0.87   0.12   0.02
 #     temperature 1      0.67   0.24   0.09
 #     temperature 2      0.51   0.31   0.19
 #
-# And then there is the long tail. Each of the absurd tokens is unlikely, but there are many of
+# And then there is the long tail. Although each of the absurd tokens is unlikely, there are many of
 # them, and once one is drawn, the model must go on from an absurd text. *Top-k sampling* draws from
-# the k most likely tokens only. (Among 65 characters, a k of 40 hardly matters. Among 50,257 tokens
-# it does.)
+# the k most likely tokens only. Among 65 characters, a k of 40 hardly matters, but among 50,257
+# tokens it does.
 
 
 def sample(logits, temperature=1.0, top_k=None):
@@ -881,12 +884,13 @@ def sample(logits, temperature=1.0, top_k=None):
     return candidates[choice].item()
 
 
-# The loop above works, and it is wasteful: for each new character it runs the whole text through
-# the model again. Yet nothing has changed in the old positions. They cannot see the new character
-# (that is what the mask is for), so in every block their keys and values are what they were a
-# moment ago. We keep them in a *KV cache* (key/value cache), and run only the new token through the
-# model. Its query meets the stored keys, so now there are T = 1 queries and S keys. Old queries are
-# of no use any more: what they found has long gone into the keys and values of the later blocks.
+# The loop above works, but it is wasteful. For each new character it runs the whole text through
+# the model again, and yet nothing has changed in the old positions. They cannot see the new
+# character (that is what the mask is for), so in every block their keys and values are what they
+# were a moment ago. We keep them in a *KV cache* (key/value cache), and run only the new token
+# through the model. Its query meets the stored keys, so now there are T = 1 queries and S keys. Why
+# are queries not kept as well? Because nobody will ask them again: a query is only ever used at its
+# own position, to predict the token after it, and that token is there already.
 #
 #     what goes through the model     without a cache     with a cache
 #     first, the prompt "To be"       T o _ b e           T o _ b e
@@ -933,9 +937,9 @@ def generate(model, tokens, max_new_tokens, temperature=1.0, top_k=None):
         window = window + [token]
         unread = [token]
         if len(window) > ctx_len:
-            # All positions are taken. If we dropped just one token, as the simple loop does, all
-            # others would move to new positions and have to be read again, and that for every new
-            # token. Dropping half makes it rare. The price: for a while, the model remembers less.
+            # The window is full. The simple loop drops one token, so that all others move to new
+            # positions and have to be read again, for every new token. We drop half, and read again
+            # only once in a while. The price: just after, the model remembers half as much.
             window = window[-max(1, ctx_len // 2) :]  # the newer half
             unread = window
             caches = [KVCache() for _ in model.blocks]
@@ -965,17 +969,17 @@ def type_out(model, tokenizer, prompt):
 
 # %% 10. Training
 #
-# Everything is ready but the model itself, which still knows nothing. A training step takes a
-# batch, finds the gradient of its loss, and moves every parameter a little. The gradient is the
-# mean over all questions in the batch, so what would help with one of them alone mostly cancels
-# out, and what helps with many remains. Because the batches are drawn at random, this is called
-# *stochastic* gradient descent.
+# Everything is ready, except that the model knows nothing. A training step takes a batch, finds the
+# gradient of its loss, and moves every parameter a little. The gradient is the mean over all
+# questions in the batch, so what would help with one of them alone mostly cancels out, and what
+# helps with many remains. Because the batches are drawn at random, this is called *stochastic*
+# gradient descent.
 #
-# How far should a parameter move? In section 5 it was learning rate times slope. But here some
-# slopes are a thousand times as large as others, so that any one rate is too high for some and too
-# low for the rest. What can be trusted is whether the slope keeps its sign. *Adam* goes by that.
-# For each parameter it keeps two moving averages, m of the slope g, and v of its square. (They are
-# also called the first and second moments. This v has nothing to do with values.)
+# How far should a parameter move? In section 5 it was learning rate times slope. But take two
+# parameters: the slope of one is 0.001 in every batch, that of the other flips between 10 and -10.
+# Surely the first should go ahead, since all batches agree about it, and the second should stay
+# where it is. Slope times any one learning rate would do the opposite. *Adam* does what we want.
+# For each parameter it keeps two moving averages, m of its slope g, and v of the square of g.
 #
 #     m = beta1 * m + (1 - beta1) * g
 #     v = beta2 * v + (1 - beta2) * g * g
@@ -983,15 +987,13 @@ def type_out(model, tokenizer, prompt):
 #
 # As sqrt(v) is the typical size of g, dividing by it cancels the size. If g is the same in each
 # step, be it 0.001 or 10, then m / sqrt(v) is 1, and w moves by the full lr. If g alternates
-# between 1 and -1, the terms of m mostly cancel while v stays 1, and the ratio is only 0.05. With
-# random signs it is typically 0.23. In short: where the batches agree, go ahead; where they
-# quarrel, stay put. (At first m and v are too small, since they start at 0; bias correction
-# scales them up. A tiny number is added to sqrt(v), so that nothing is divided by 0. Kingma and Ba,
-# 2014)
+# between 10 and -10, the terms of m mostly cancel while sqrt(v) stays 10, and the ratio is only
+# 0.05. With random signs it is typically 0.23. In short, where the batches agree, w goes ahead, and
+# where they quarrel, it stays put.
 #
 # AdamW adds *weight decay*: each step also shrinks w by lr * weight_decay * w. A weight then stays
 # large only if its gradient keeps insisting. With large weights a model can react sharply to small
-# details, and that is what memorizing takes. (Loshchilov and Hutter, 2017)
+# details, and that is what memorizing takes.
 
 
 def make_optimizer(total_steps):
@@ -1008,9 +1010,8 @@ def make_optimizer(total_steps):
     about every parameter, which keeps it jumping around. Only a lower rate lets it settle.
     """
 
-    # AdamW calls this in each step. If you try another schedule: step is an unsigned mx.array, so
-    # step - 100 would wrap around below 0. The result must be an mx.array, too. For half a cosine
-    # wave:
+    # AdamW calls this in each step, with the step as an unsigned mx.array (so that step - 100 would
+    # wrap around below 0), and expects an mx.array. To fall along half a cosine wave instead:
     #     fall = (1 + mx.cos(math.pi * step / total_steps)) / 2
     # For a constant rate after the warmup: return lr * mx.minimum(rise, 1)
     def learning_rate(step):
@@ -1018,11 +1019,14 @@ def make_optimizer(total_steps):
         fall = mx.maximum(0, 1 - step / total_steps)
         return lr * mx.minimum(rise, fall)
 
-    # Only the matrices of the blocks are decayed. Biases, gains, and embeddings are left alone.
+    # Only the matrices of the blocks are decayed. Biases, gains, and embeddings are left alone, as
+    # they can memorize little; when they were decayed as well, the small model got worse by 0.02.
     # MultiOptimizer gives the first optimizer what is_decayed picks, and the second one the rest.
     def is_decayed(name, weight):
         return name.startswith("blocks") and weight.ndim == 2
 
+    # bias_correction: m and v start at 0, so for the first steps they are scaled up to what they
+    # would be if they had not. (It has nothing to do with the biases of a layer.)
     betas = [beta1, beta2]
     decayed = optim.AdamW(learning_rate, betas, weight_decay=weight_decay, bias_correction=True)
     others = optim.AdamW(learning_rate, betas, weight_decay=0.0, bias_correction=True)
@@ -1031,18 +1035,18 @@ def make_optimizer(total_steps):
 
 # Before we write the step itself, it helps to know three things about MLX.
 #
-# It is lazy (lazy evaluation). `a + b` computes nothing; it only adds a node to a computation
-# graph. The work is done when somebody needs a value: .item(), print, or mx.eval. That lets MLX
-# see a whole step before it computes any of it. The catch is that a loop in which nobody ever asks
-# for a value computes nothing at all, while its graph grows and grows.
+# It is lazy. `a + b` computes nothing; it only adds a node to a computation graph. The work is done
+# when somebody needs a value: .item(), print, or mx.eval. That lets MLX see a whole step before it
+# computes any of it. The catch is that a loop in which nobody ever asks for a value computes
+# nothing at all, while its graph grows and grows.
 #
-# It differentiates. We never write a backward pass: nn.value_and_grad(model, loss_fn) is a function
-# that returns the loss and the gradient, the latter as a tree like that of the parameters.
+# It differentiates. We never write a backward pass, because nn.value_and_grad(model, loss_fn) is a
+# function that returns the loss and the gradient, a tree of the same form as the parameters.
 #
-# It compiles. The first time you call a function that went through mx.compile, MLX traces it: the
-# Python code runs once, and the operations on arrays are recorded. All later calls replay the
-# recording (until the inputs have other shapes or types). That is faster, since Python is out of
-# the loop and small operations are merged. But it means that Python is out of the loop:
+# It compiles. When you first call a function that went through mx.compile, its Python code runs
+# once, and MLX records the operations on arrays. All later calls replay the recording, until the
+# inputs have other shapes or types. That is faster, since Python is out of the loop and small
+# operations are merged. But it means that Python is out of the loop:
 #
 #     print("hello")                 prints only while MLX records
 #     print(loss.item())             fails: while MLX records, there is no value yet
@@ -1058,10 +1062,14 @@ def make_optimizer(total_steps):
 def make_step(model, optimizer):
     """Returns a function step(x, y), which trains the model on a batch and returns its loss."""
     loss_and_grad = nn.value_and_grad(model, loss_fn)  # or with a loss of your own
-    world = mx.distributed.init(backend="ring")  # the machines that train together: usually one
-    mine = slice(world.rank(), None, world.size())  # the rows for this machine: with one, all
+    # Several machines can share a batch: each takes its own rows, and then they average their
+    # gradients. (The README says how.) You probably have one, which then takes all rows.
+    world = mx.distributed.init(backend="ring")
+    mine = slice(world.rank(), None, world.size())
 
     def step(x, y):
+        # (For gradient accumulation, call loss_and_grad on some rows at a time, and average the
+        # trees of gradients with mlx.utils.tree_map.)
         loss, grads = loss_and_grad(model, x[mine], y[mine])
         grads = nn.average_gradients(grads, world)
         # *Gradient clipping*: if the gradient as a whole is longer than max_norm, it is scaled down
@@ -1077,11 +1085,11 @@ def make_step(model, optimizer):
 
 
 # How will we know when to stop? While the loss falls on both sets, keep going. If it still falls on
-# the training set but rises on the validation set, the model has begun to memorize: use more text,
-# more dropout or weight decay, or a smaller model. We keep the weights of the epoch that did best
-# (*early stopping*, in its laziest form). To be strict, the loss that we report is then a little
-# flattering, being the lowest of several on the same text. The remedy would be to hold out a third
-# part, the *test set*.
+# the training set but rises on the validation set, the model has begun to memorize, so use more
+# text, more dropout or weight decay, or a smaller model. We keep the weights of the epoch that did
+# best, which is *early stopping* in its laziest form. Strictly speaking, the loss that we report is
+# then a little flattering, being the lowest of several on the same text. The remedy would be to
+# hold out a third part, the *test set*.
 
 
 def evaluate(model, tokens):
@@ -1094,8 +1102,17 @@ def evaluate(model, tokens):
     return total / count
 
 
-# And this is the run, from the file to the finished model. What you have not met yet has a name
-# that says what it does, and follows in section 12, in the same order.
+# Everything is in place. Here is what a run of the small model prints, without the progress lines:
+#
+# @RUN@
+#
+# Watch it learn. The first loss lies where it must, a little above 4.17. After 500 steps, some ten
+# seconds, it has found out about spaces, vowels, and the lengths of words. One epoch later it has
+# beaten n = 3, and knows that a play consists of people whose names are in capitals, followed by a
+# colon. Nobody has told it any of this. All it ever got was the next character.
+#
+# And this is the run itself, from the file to the finished model. What you have not met yet has a
+# name that says what it does, and follows in section 12, in the same order.
 
 
 def train(resume=False):
@@ -1107,7 +1124,7 @@ def train(resume=False):
     text = load_text()
     tokenizer = CharTokenizer(build_vocab(text))
     train_tokens, val_tokens = split(np.array(tokenizer.encode(text), dtype=np.int32))
-    train_part = train_tokens[: len(val_tokens)]  # enough to measure the loss on, and faster
+    train_part = train_tokens[: len(val_tokens)]  # enough for a fair estimate, and faster
     steps_per_epoch = count_batches(train_tokens, ctx_len, batch_size)
     if steps_per_epoch < 1 or len(val_tokens) <= ctx_len:
         raise UserError("input.txt is too short: use more text, or lower ctx_len and batch_size")
@@ -1136,9 +1153,9 @@ def train(resume=False):
         model.train()  # dropout on
         for x, y in get_batches(train_tokens, ctx_len, batch_size, rng):
             loss = step(x, y)
-            mx.async_eval(loss, model.state, optimizer.state)  # compute, but do not wait for it
+            mx.async_eval(loss, model.state, optimizer.state)  # compute these, but do not wait
             progress.update(loss)
-            if progress.step == 500:  # the first words. Do here what you want to do at some steps
+            if progress.step == 500:  # its first words; put here what you want to do in mid-epoch
                 show_line(model, tokenizer)
                 model.train()  # again, because generating has turned dropout off
 
@@ -1155,11 +1172,7 @@ def train(resume=False):
 
 # %% 11. Looking inside
 #
-# What has it learned? We can look. Here is the trained small model in the middle of a word:
-#
-#     $ python train.py --look "What is the cou"
-#
-# @LOOK@
+# @LOOKPROSE@
 
 
 def look(model, tokenizer, prompt):
@@ -1212,14 +1225,42 @@ def one_line(text):
     return "".join(char if char.isprintable() else " " for char in text)
 
 
+# This is where the lesson ends. Look back to the first page: GPT-2 guesses what comes next, and
+# that is all it can do. You have now seen every part of it, and nothing was hidden. Multiply the
+# sizes by a thousand, feed it the internet, and you have the machine behind the chatbots; what they
+# add to it is mostly more of the same, some better parts (the README has six of them), and further
+# training on conversations. And yet no line of this file says what a word is, or a verse, or a
+# speaker. It follows slopes downhill, and that is what it finds there.
+#
+# What to do now? Change something, and guess what it will do before you run it. A few things to
+# know:
+#
+# - init_weight goes by name. In a layer of your own, call matrices and gains `weight` and biases
+#   `bias`. (nn.PReLU then starts with a slope of 1, doing nothing.) And 0.02 is for wide layers: in
+#   a narrow model, a layer that multiplies two outputs, as SwiGLU does, starts nearly dead.
+# - is_decayed goes by name as well, and takes all matrices in `blocks`.
+# - A new size belongs in GPTConfig, last and with a default, so that older files still load.
+# - For positions as rotations (RoPE), rotate q and k just before the cache. The position of the
+#   first one is cache.offset, or 0 without a cache.
+# - All numbers are float32, good for about seven digits. The bfloat16 of large models has fewer
+#   than three. There, 1 + 0.001 is still 1, so gains that begin at 1 hardly move.
+# - The doctests of forward_pass and count_parameters describe GPT-2. Once your model is another,
+#   they may fail, and rightly.
+#
+# And what to read? Attention and the transformer: Vaswani et al., Attention Is All You Need, 2017.
+# GPT-2: Radford et al., Language Models are Unsupervised Multitask Learners, 2019. Byte-pair
+# encoding: Sennrich et al., 2015. Residual connections: He et al., 2015. LayerNorm: Ba et al.,
+# 2016. GELU: Hendrycks and Gimpel, 2016. Dropout: Srivastava et al., 2014. Weight tying: Press and
+# Wolf, 2016. Adam: Kingma and Ba, 2014. AdamW: Loshchilov and Hutter, 2017.
+
 # %% 12. The parts of a run
 #
-# You have now seen all of GPT-2, and the lesson is over. What follows are the helpers that train()
-# calls, in the order in which it calls them.
+# Here are the helpers that train() calls, in the order in which it calls them. There is nothing new
+# about GPT in them.
 
 
 class UserError(Exception):
-    """An error that the user can mend. main() shows it on one line, without a traceback."""
+    """An error that the user can fix. main() shows it on one line, without a traceback."""
 
 
 COUNTS = ["ctx_len", "n_emb", "n_heads", "n_layers", "num_epochs", "batch_size", "max_new_tokens",
@@ -1239,8 +1280,8 @@ def check_settings(names):
 
 
 def describe(text, model):
-    """What makes a run what it is: its settings, the number of parameters (which many an edit of
-    the model changes), and a checksum of the text."""
+    """What identifies a run: its settings, the number of parameters (which many an edit of the
+    model changes), and a checksum of the text."""
     settings = {name: globals()[name] for name in SETTINGS}
     return {**settings, "parameters": count_parameters(model),
             "input.txt": f"{zlib.crc32(text.encode()):08x}"}
@@ -1273,7 +1314,7 @@ def resume_run(model, optimizer, settings):
     saved, notes = load(CHECKPOINT)
     changed = changes(notes.get("settings", {}), settings, except_for=["num_epochs", *SAMPLING])
     if changed:
-        raise UserError(f"changed since that run: {', '.join(changed)}. Undo it, or start anew")
+        raise UserError(f"changed since that run: {', '.join(changed)}. Undo it, or start over")
     history = notes["history"]
     if len(history) >= num_epochs:
         raise UserError("that run is finished: raise num_epochs to keep training")
@@ -1309,7 +1350,7 @@ def introduce(tokenizer, settings):
 
 
 def report(title, train_loss, val_loss, model, tokenizer):
-    """Prints the losses, and what the model writes now. Raises UserError if val_loss is nan."""
+    """Prints the losses, and what the model writes now."""
     perplexity = math.exp(min(val_loss, 700))  # exp(1000) would overflow
     losses = f"{title} | train = {train_loss:.4f} | val = {val_loss:.4f}"
     print(f"{losses} | perplexity {perplexity:.3g}".ljust(WIDTH))
@@ -1325,8 +1366,8 @@ def show_line(model, tokenizer):
 
 
 class Progress:
-    """Prints how far the training has come: in a terminal every second, on one line, and else, as
-    into a file, a line every 15 seconds."""
+    """Prints how far the training has come: in a terminal, on one line, every second; otherwise
+    (in a file, for example) a new line every 15 seconds."""
 
     def __init__(self, step, total_steps):
         self.step = step
@@ -1335,7 +1376,8 @@ class Progress:
         self.in_terminal = hasattr(sys.stdout, "isatty") and sys.stdout.isatty()
 
     def update(self, loss):
-        """Counts a step. Raises UserError if its loss, a scalar array, is nan or infinite."""
+        """Counts a step, whose loss is a scalar array. If it is time to print a line, also checks
+        the loss, and raises UserError if it is nan or infinite."""
         self.step += 1
         if self.started is None:
             check_finite(loss.item())  # waits: the first step is slow, because it compiles
@@ -1351,9 +1393,10 @@ class Progress:
         tokens_per_second = steps_per_second * batch_size * ctx_len
         minutes_left = (self.total_steps - self.step) / steps_per_second / 60
         line = (f"step {self.step:,}/{self.total_steps:,}, loss {loss:.2f}, "
-                f"{tokens_per_second:,.0f} tokens/s, {minutes_left:.1f} min left").ljust(WIDTH)
+                f"{tokens_per_second:,.0f} tokens/s, {minutes_left:.1f} min left")
         if self.in_terminal:  # \r takes the next line back to the start of this one
-            print(line[: shutil.get_terminal_size().columns - 1], end="\r", flush=True)
+            width = shutil.get_terminal_size().columns - 1
+            print(line.ljust(WIDTH)[:width], end="\r", flush=True)
         else:
             print(line, flush=True)
 
@@ -1365,8 +1408,8 @@ def check_finite(loss):
                         f"mistake in your last edit")
 
 
-# Files. Each is written in a folder of its own, and moved to its place when it is whole. So a run
-# that is stopped while it saves leaves no half a file, and neither do two runs at the same time.
+# Files. Each is written in a folder of its own, and moved to its place when it is whole. So neither
+# a run that is stopped while it saves nor two runs at the same time leave a half-written file.
 
 MODEL = "model.safetensors"  # the best weights of this run
 PREVIOUS = "previous.safetensors"  # the best weights of the run before it
@@ -1446,7 +1489,7 @@ def check_match(path, saved, ours):
 
 
 def finish(settings, history):
-    """Logs the run, writes a text with the best weights, and compares the run with the last one."""
+    """Logs the run, writes a text with the best weights, and compares it with the run before."""
     if not is_first():
         return
     last = last_run(settings["input.txt"])

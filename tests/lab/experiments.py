@@ -1,10 +1,12 @@
-"""Runs the experiments of README.md on edited copies of train.py.
+"""Runs the experiments of README.md, or its ladder, on edited copies of train.py.
 
-    python tests/experiments.py                     all of them, seed 0
-    python tests/experiments.py 2 9 --seeds 0 1     two of them, with two seeds each
+    python tests/lab/experiments.py                       all experiments, seed 0
+    python tests/lab/experiments.py 3 8 --seeds 0 1       two of them, with two seeds each
+    python tests/lab/experiments.py --ladder              "From GPT-2 to the models of today"
+    python tests/lab/experiments.py --ladder 5 --default  its fifth step, with the default model
 
-Experiment 0 is train.py as it is. Prints the validation losses of each run. tests/MEASUREMENTS.md
-has the results.
+Experiment 0, and step 0 of the ladder, are train.py as it is. Prints the validation losses of each
+run. tests/lab/MEASUREMENTS.md has the results.
 """
 
 import argparse
@@ -14,17 +16,21 @@ import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 def apply_diff(source, diff):
-    """The source with each run of - lines replaced by the + lines after it. Raises ValueError."""
-    for removed, added in re.findall(r"((?:^-.*\n)+)((?:^\+.*\n)*)", diff, re.M):
-        old = re.sub(r"^-", "", removed, flags=re.M)
-        new = re.sub(r"^\+", "", added, flags=re.M)
-        if source.count(old) != 1:
+    """The source after a diff, whose hunks begin with lines of @@. Raises ValueError.
+
+    The lines of a hunk that begin with a space or a minus must stand together in the source, once.
+    """
+    for hunk in re.split(r"^@@.*\n", diff, flags=re.M):
+        lines = [line for line in hunk.splitlines(keepends=True) if line.strip()]
+        old = "".join(line[1:] for line in lines if line[0] in " -")
+        new = "".join(line[1:] for line in lines if line[0] in " +")
+        if lines and source.count("\n" + old) != 1:
             raise ValueError(f"train.py does not contain once:\n{old}")
-        source = source.replace(old, new)
+        source = source.replace("\n" + old, "\n" + new)
     return source
 
 
@@ -36,16 +42,20 @@ def set_constants(source, lines):
     return source.replace(mark, lines + mark)
 
 
-def experiments():
-    """The experiments of the README that have an edit, by number: its language and its text."""
+def blocks(title):
+    """The edits in a section of the README: by number, the language and the text of its block."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    section = readme.split("\n## Experiments\n")[1].split("\n## ")[0]
+    section = readme.split(f"\n## {title}\n")[1].split("\n## ")[0]
     found = {}
     for part in section.split("\n### ")[1:]:
         block = re.search(r"^```(python|diff)\n(.*?)^```", part, re.M | re.S)
         if block:
             found[int(part.split(".")[0])] = block.groups()
     return found
+
+
+def experiments():
+    return blocks("Experiments")
 
 
 def writes_text(block):
@@ -60,35 +70,57 @@ def edited(source, language, block):
     return set_constants(source, block)
 
 
-def run(source, folder):
-    """Runs a script in a folder, in which there is an input.txt. Returns what it printed."""
-    Path(folder, "train.py").write_text(source, encoding="utf-8")
-    result = subprocess.run([sys.executable, "train.py"], cwd=folder, check=True, text=True,
-                            stdout=subprocess.PIPE, encoding="utf-8")
-    return result.stdout
+def ladder(source):
+    """The source, and what becomes of it by each step of the ladder after those before it."""
+    steps = [source]
+    for _, (_, diff) in sorted(blocks("From GPT-2 to the models of today").items()):
+        steps.append(apply_diff(steps[-1], diff))
+    return steps
+
+
+def run(source, text, title):
+    """Trains by a script on a text, and prints the validation losses. The rest goes to stderr."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "train.py").write_text(source, encoding="utf-8")
+        Path(folder, "input.txt").write_text(text, encoding="utf-8")
+        result = subprocess.run([sys.executable, "train.py"], cwd=folder, check=True, text=True,
+                                stdout=subprocess.PIPE, encoding="utf-8")
+    losses = ", ".join(re.findall(r"^Epoch .* val = (\S+)", result.stdout, re.M))
+    print(f"{title}: {losses}", flush=True)
+    print(result.stdout, file=sys.stderr)
+
+
+def text_of(block):
+    """The text that an experiment's code writes."""
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run([sys.executable, "-c", block], cwd=folder, check=True)
+        return Path(folder, "input.txt").read_text(encoding="utf-8")
 
 
 def main():
     parser = argparse.ArgumentParser()
-    parser.add_argument("numbers", nargs="*", type=int, help="default: all")
+    parser.add_argument("numbers", nargs="*", type=int, help="without any: all")
+    parser.add_argument("--ladder", action="store_true")
+    parser.add_argument("--default", action="store_true", help="the default model")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     arguments = parser.parse_args()
     original = (ROOT / "train.py").read_text(encoding="utf-8")
-    edits = {0: ("python", ""), **experiments()}
-    for number in arguments.numbers or edits:
-        language, block = edits[number]
+    if arguments.default:
+        original = re.sub(r"^small = .*", "small = False", original, flags=re.M)
+    shipped = (ROOT / "input.txt").read_text(encoding="utf-8")
+    if arguments.ladder:
+        runs = {number: (source, shipped) for number, source in enumerate(ladder(original))}
+    else:
+        runs = {0: (original, shipped)}
+        for number, (language, block) in experiments().items():
+            if writes_text(block):
+                runs[number] = (original, text_of(block))
+            else:
+                runs[number] = (edited(original, language, block), shipped)
+    for number in arguments.numbers or runs:
+        source, text = runs[number]
         for seed in arguments.seeds:
-            with tempfile.TemporaryDirectory() as folder:
-                (Path(folder) / "input.txt").write_bytes((ROOT / "input.txt").read_bytes())
-                source = original
-                if writes_text(block):
-                    subprocess.run([sys.executable, "-c", block], cwd=folder, check=True)
-                else:
-                    source = edited(source, language, block)
-                output = run(set_constants(source, f"seed = {seed}\n"), folder)
-            losses = ", ".join(re.findall(r"^Epoch .* val = (\S+)", output, re.M))
-            print(f"experiment {number}, seed {seed}: {losses}", flush=True)
-            print(output, file=sys.stderr)
+            run(set_constants(source, f"seed = {seed}\n"), text, f"{number}, seed {seed}")
 
 
 if __name__ == "__main__":
