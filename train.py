@@ -10,9 +10,9 @@ the guess to the text and let it guess again, and again, and it writes. (GPT is 
 pre-trained transformer.) Ours guesses one character at a time. On a computer without a GPU we train
 a small model. Given nothing but a newline, it writes:
 
-    untrained             uQv$?Mz &zsLMx3led,qOyxSH'⏎WUkApi:ikizTyBrFNW'.kJXXZb
-    after ten seconds     @FIRST@
-    after two minutes     @LAST@
+    untrained            uQv$?Mz &zsLMx3led,qOyxSH'⏎WUkApi:ikizTyBrFNW'.kJXXZbQviZicmMrM
+    after ten seconds    an dhe sand lith mulup, che ke o donow mup ik bre the ka  there!
+    after two minutes    word not call to spamer, and he sleam, swith a strace keep the Ling.
 
 Two minutes ago it could not tell a vowel from a dollar sign. A Mac's GPU gets a larger model, which
 takes longer, learns to spell, and even keeps to a verse now and then.
@@ -544,7 +544,6 @@ class MultiHeadAttention(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        assert config.n_emb % config.n_heads == 0, "n_emb must be a multiple of n_heads"
         self.head_size = config.n_emb // config.n_heads
         # nn.Linear(n, m) turns vectors of n numbers into vectors of m numbers: it multiplies by a
         # matrix and adds m more parameters, the *biases*.
@@ -1104,12 +1103,21 @@ def evaluate(model, tokens):
 
 # Everything is in place. Here is what a run of the small model prints, without the progress lines:
 #
-# @RUN@
+#     Untrained | train = 4.1989 | val = 4.2001 | perplexity 66.7
+#               uQv$?Mz &zsLMx3led,qOyxSH'⏎WUkApi:ikizTyBrFNW'.kJXXZbQviZicmMrM'bzxII
+#               an dhe sand lith mulup, che ke o donow mup ik bre the ka  there!⏎Thad
+#     Epoch 0 | train = 1.7722 | val = 1.7604 | perplexity 5.81
+#               PEEN PSIMEN MAUGER:⏎First the spett a dot thands that keep the Punder
+#     Epoch 1 | train = 1.6390 | val = 1.6546 | perplexity 5.23
+#               You land no nothing, and a put behis?⏎⏎PERRIN:⏎I had fine. I had a ha
+#     Epoch 2 | train = 1.5241 | val = 1.5339 | perplexity 4.64
+#               word not call to spamer, and he sleam, swith a strace keep the Ling.⏎
 #
-# Watch it learn. The first loss lies where it must, a little above 4.17. After 500 steps, some ten
-# seconds, it has found out about spaces, vowels, and the lengths of words. One epoch later it has
-# beaten n = 3, and knows that a play consists of people whose names are in capitals, followed by a
-# colon. Nobody has told it any of this. All it ever got was the next character.
+# Watch it learn. The first loss lies where it must, a little above 4.17. After 500 steps, which
+# printed the first line that is not noise, it has found out about spaces, vowels, and the length of
+# words. One epoch later it has beaten n = 3, and knows that in a play people in capitals speak
+# after a colon. In the end it is close to n = 4. Nobody has told it any of this. All it ever got
+# was the next character.
 #
 # And this is the run itself, from the file to the finished model. What you have not met yet has a
 # name that says what it does, and follows in section 12, in the same order.
@@ -1172,7 +1180,33 @@ def train(resume=False):
 
 # %% 11. Looking inside
 #
-# @LOOKPROSE@
+# What has it learned, and where does it keep it? We can look. Here is the trained small model in
+# the middle of our word, drawn by the function below:
+#
+#     $ python train.py --look "What is the cou"
+#                       What is the cou
+#     surprise           ▁▂  ▄▁ ▃ ▁▁▅▂▃
+#     block 0, head 0              ▁▇
+#     block 0, head 1             ▁▅▁
+#     block 0, head 2               █
+#     block 0, head 3              ▁▇
+#     block 0, head 4              ▁▆
+#     block 0, head 5   ▄     ▁ ▁   ▁ ▁
+#     block 0, head 6                █
+#     next 'n'          0.33 ████████████████
+#     next 'r'          0.30 ███████████████
+#     next 'l'          0.24 ████████████
+#     next 's'          0.06 ███
+#
+# The surprise is the loss at each character. It is high where a word begins, and low once the rest
+# can be guessed: after "Wha", a "t" is no news at all. Each head has a row, which shows what the
+# last position, the "u", attends to. Head 6 attends to the letter before it. Heads 0, 2, 3, and 4
+# have all settled on the one before that, and head 1 on the one before that one, which is a space.
+# So between them they have collected " cou", and the model expects an "n", an "r", or an "l", as in
+# "count", "court", and "could". We gave it queries and keys made of random numbers. Out of these,
+# following slopes downhill, it has built what we said at the start is hard to beat: it has
+# reinvented the n-gram. Only head 5 has other interests, far back in the line. With more blocks,
+# heads attend to what other heads have found, and things become less easy to read off.
 
 
 def look(model, tokenizer, prompt):
@@ -1482,8 +1516,8 @@ def load(path):
 
 def check_match(path, saved, ours):
     """Raises UserError unless two trees have the same names and shapes."""
-    saved_shapes, our_shapes = (
-        {name: array.shape for name, array in tree_flatten(tree)} for tree in (saved, ours))
+    saved_shapes = {name: array.shape for name, array in tree_flatten(saved)}
+    our_shapes = {name: array.shape for name, array in tree_flatten(ours)}
     if saved_shapes != our_shapes:
         raise UserError(f"{path} does not match train.py: undo edits, or train again")
 
