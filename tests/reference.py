@@ -43,11 +43,6 @@ def random_weights(vocab_size, ctx_len, n_emb, n_layers):
 
 def forward(weights, tokens, n_heads):
     """The logits (B, T, vocab_size) for tokens (B, T)."""
-    return forward_and_attention(weights, tokens, n_heads)[0]
-
-
-def forward_and_attention(weights, tokens, n_heads):
-    """The logits, and the attention weights (B, T, T) of each head, block by block."""
     w = {name: np.asarray(weight, dtype=np.float64) for name, weight in weights.items()}
 
     def norm(x, name):
@@ -65,7 +60,6 @@ def forward_and_attention(weights, tokens, n_heads):
     future = np.triu(np.full((T, T), -np.inf), k=1)
     x = w["wte.weight"][tokens] + w["wpe.weight"][:T]
     size = x.shape[2] // n_heads
-    attention = []
     for i in range(sum(name.endswith("q_proj.weight") for name in w)):
         block = f"blocks.{i}."
         a = norm(x, block + "ln_1")
@@ -74,12 +68,11 @@ def forward_and_attention(weights, tokens, n_heads):
         for start in range(0, x.shape[2], size):
             head = np.s_[:, :, start : start + size]
             scores = np.einsum("bti,bsi->bts", q[head], k[head]) / math.sqrt(size)
-            attention.append(softmax(scores + future))
-            heads.append(attention[-1] @ v[head])
+            heads.append(softmax(scores + future) @ v[head])
         x = x + linear(np.concatenate(heads, axis=2), block + "mha.c_proj")
         a = gelu(linear(norm(x, block + "ln_2"), block + "mlp.c_fc"))
         x = x + linear(a, block + "mlp.c_proj")
-    return norm(x, "ln_f") @ w["wte.weight"].T, attention
+    return norm(x, "ln_f") @ w["wte.weight"].T
 
 
 def loss(weights, x, y, n_heads):
@@ -112,11 +105,11 @@ class AdamW:
 
 
 def kneser_ney(train_tokens, val_tokens, vocab_size, order):
-    """The mean loss of interpolated modified Kneser-Ney with n-grams up to `order`.
+    """The mean losses of interpolated modified Kneser-Ney with n-grams up to n, for each n.
 
-    Every token of val_tokens but the first is scored. The highest order goes by its counts, each
-    lower one by how many different tokens were seen before it. A discount is taken from counts of
-    1, of 2, and of 3 or more (the counts of counts give it), and goes to the next lower order.
+    Every token of val_tokens but the first is scored. The highest n goes by its counts, each lower
+    one by how many different tokens were seen before it. A discount is taken from counts of 1, of
+    2, and of 3 or more (the counts of counts give it), and goes to the next lower n.
     """
     def grams(tokens, n):  # each run of n tokens, as one number
         return sum(tokens[i : len(tokens) - n + 1 + i].astype(np.int64) * vocab_size ** (n - 1 - i)
@@ -126,13 +119,8 @@ def kneser_ney(train_tokens, val_tokens, vocab_size, order):
         at = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
         return np.where(keys[at] == wanted, values[at], 0)
 
-    p = np.full(len(val_tokens) - 1, 1 / vocab_size)
-    for n in range(1, order + 1):
-        if n == order:
-            keys, counts = np.unique(grams(train_tokens, n), return_counts=True)
-        else:
-            longer = np.unique(grams(train_tokens, n + 1))
-            keys, counts = np.unique(longer % vocab_size**n, return_counts=True)
+    def mixed(n, keys, counts, p):
+        """p after n-grams with these counts. The first tokens have less before them, and keep p."""
         n1, n2, n3, n4 = (int((counts == c).sum()) for c in (1, 2, 3, 4))
         discounts = np.zeros(4)
         if n1 and n2 and n3 and n4:
@@ -142,12 +130,17 @@ def kneser_ney(train_tokens, val_tokens, vocab_size, order):
         contexts, place = np.unique(keys // vocab_size, return_inverse=True)
         totals = np.bincount(place, counts)
         shares = np.bincount(place, taken) / totals
-
-        # The first tokens of val_tokens have less before them: they keep what this allows.
         here = grams(val_tokens, n) if n > 1 else val_tokens[1:]
         total = look_up(contexts, totals, here // vocab_size)
         lower = p[-len(here) :]
         higher = (look_up(keys, counts - taken, here) / np.maximum(total, 1)
                   + look_up(contexts, shares, here // vocab_size) * lower)
-        p[-len(here) :] = np.where(total > 0, higher, lower)
-    return -np.log(p).mean()
+        return np.concatenate([p[: -len(here)], np.where(total > 0, higher, lower)])
+
+    losses, p = [], np.full(len(val_tokens) - 1, 1 / vocab_size)
+    seen = np.unique(grams(train_tokens, 1), return_counts=True)
+    for n in range(1, order + 1):
+        losses.append(-np.log(mixed(n, *seen, p)).mean())
+        seen = np.unique(grams(train_tokens, n + 1), return_counts=True)
+        p = mixed(n, *np.unique(seen[0] % vocab_size**n, return_counts=True), p)
+    return losses

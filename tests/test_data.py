@@ -20,7 +20,7 @@ def test_split_is_nine_to_one(n):
 
 @pytest.mark.parametrize("text", ["Hello, World!\n  'tis & so?", "床前明月光 🌙🌕 naïve\r\n", ""])
 def test_tokenizer_round_trip(text):
-    tokenizer = train.CharTokenizer(text)
+    tokenizer = train.CharTokenizer(train.build_vocab(text))
     tokens = tokenizer.encode(text)
     assert all(type(token) is int for token in tokens)
     assert tokens == [sorted(set(text)).index(char) for char in text]
@@ -29,7 +29,7 @@ def test_tokenizer_round_trip(text):
 
 def test_tokenizer_names_an_unknown_character():
     with pytest.raises(KeyError) as error:
-        train.CharTokenizer("abcde").encode("abzcQ")
+        train.CharTokenizer(train.build_vocab("abcde")).encode("abzcQ")
     assert error.value.args == ("z",)
 
 
@@ -74,12 +74,4 @@ def test_random_batches_begin_everywhere_in_random_order():
               for _ in range(300)]  # 4 of 5 rows each
     assert set(np.concatenate(epochs)) == set(range(5 * T))
     assert all(len(set(starts % T)) == 1 for starts in epochs)  # one cut for an epoch
-    orders = {tuple(starts.argsort()) for starts in epochs}
-    assert len(orders) == 4 * 3 * 2
-
-
-def test_random_batches_are_those_of_the_seed():
-    def made(seed):
-        return [x.tolist() for x, _ in batches_of(np.arange(500), np.random.default_rng(seed))]
-
-    assert made(1) == made(1) != made(2)
+    assert len({tuple(starts.argsort()) for starts in epochs}) == 4 * 3 * 2  # all orders

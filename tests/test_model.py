@@ -1,5 +1,9 @@
-"""Sections 6 to 8: attention and the model, against the reference and against mathematics."""
+"""Sections 6 to 8: attention and the model, against the reference; and the guard on the mask.
 
+After an edit of the model these tests fail, and rightly: the reference is GPT-2.
+"""
+
+import doctest
 import math
 
 import mlx.core as mx
@@ -8,6 +12,7 @@ import numpy as np
 import pytest
 import reference
 import train
+from helpers import SOURCE, TEXT, TINY, module_from, random_model, replaced, with_settings
 from mlx.utils import tree_flatten
 
 V = 11  # tokens
@@ -132,10 +137,12 @@ def test_dropout_acts_in_training_only():
                                    "blocks.1.mha.resid_dropout", "blocks.1.mlp.dropout"])
 def test_dropout_is_where_gpt_2_has_it(place):
     mx.random.seed(0)
-    model, _ = build(dropout=0.5)
-    dict(model.named_modules())[place].train()
+    model, _ = build(dropout=0.4)
+    layer = dict(model.named_modules())[place]
+    layer.train()
     x = mx.array(tokens(2, 12))
     assert not mx.array_equal(model(x), model(x))
+    assert abs(mx.mean(layer(mx.ones(10_000)) == 0).item() - 0.4) < 0.03
 
 
 def test_more_than_ctx_len_tokens_are_refused():
@@ -146,3 +153,85 @@ def test_more_than_ctx_len_tokens_are_refused():
     model(mx.array(tokens(1, 9)), caches)
     with pytest.raises(ValueError, match="13.*12"):
         model(mx.array(tokens(1, 4)), caches)
+
+
+# Layers of a reader's own
+
+
+@pytest.mark.parametrize("name, refused", [("_mask", False), ("tril", True), ("bias", True)])
+def test_constants_begin_with_an_underscore(monkeypatch, name, refused):
+    class Own(train.MultiHeadAttention):
+        def __init__(self, config):
+            super().__init__(config)
+            setattr(self, name, mx.tri(config.ctx_len))
+
+    monkeypatch.setattr(train, "MultiHeadAttention", Own)
+    if refused:
+        with pytest.raises(ValueError, match=rf"blocks\.0\.mha\.{name}\b.*12, 12.*_"):
+            random_model()
+    else:
+        model = random_model()
+        assert mx.array_equal(model.blocks[0].mha[name], mx.tri(12))
+        assert not [key for key, _ in tree_flatten(model.parameters()) if name in key]
+
+
+def test_layers_with_numbers_that_are_not_trained(monkeypatch):
+    """BatchNorm's running mean, for example, keeps the value that it begins with."""
+    class Own(train.MLP):
+        def __init__(self, config):
+            super().__init__(config)
+            self.norm, self.act = nn.BatchNorm(config.n_emb), nn.PReLU()
+
+    monkeypatch.setattr(train, "MLP", Own)
+    model = train.GPT(train.GPTConfig(V, 12, 16, 2, 1, 0.0))
+    assert mx.array_equal(model.blocks[0].mlp.norm.running_var, mx.ones(16))
+    assert mx.array_equal(model.blocks[0].mlp.act(mx.array([-2.0])), mx.array([-2.0]))
+
+
+# The guard on the mask
+
+MASKED = "    scores = mx.where(causal_mask(T, S), -mx.inf, scores)\n"
+SPLIT = "        x = x.reshape(B, T, -1, self.head_size)"
+SORTED = "        return x.transpose(0, 2, 1, 3)"
+MERGED = "        out = out.transpose(0, 2, 1, 3)"
+WRONG = {
+    "no mask": [(MASKED, "")],
+    "a mask one position too late": [("    return j > i  #", "    return j > i + 1  #")],
+    "a mask of the past": [("    return j > i  #", "    return j < i  #")],
+    "heads split without transpose": [
+        (SPLIT, "        x = x.reshape(B, -1, T, self.head_size)"), (SORTED, "        return x")],
+    "heads merged without transpose": [(MERGED, "        pass")],
+    "heads and positions mixed": [(SPLIT, "        x = x.reshape(B, self.head_size, T, -1)"),
+                                  (SORTED, "        return x.transpose(0, 3, 2, 1)")],
+}
+
+
+@pytest.mark.parametrize("edits", WRONG.values(), ids=WRONG)
+def test_the_guard_sees_a_model_that_sees_the_future(edits):
+    module = module_from(replaced(SOURCE, *edits))
+    mx.random.seed(0)
+    config = module.GPTConfig(V, ctx_len=12, n_emb=16, n_heads=4, n_layers=1, dropout=0.1)
+    assert module.sees_the_future(module.GPT(config))
+
+
+@pytest.mark.parametrize("sizes", [{}, dict(n_heads=1, n_layers=4), dict(ctx_len=1, n_heads=16)])
+def test_the_guard_is_silent_on_an_honest_model(sizes):
+    assert not train.sees_the_future(random_model(dropout=0.5, **sizes))
+
+
+@pytest.mark.parametrize("function, edits", [
+    ("causal_mask", [("    return j > i  #", "    return j >= i  #")]),  # nan
+    ("forward_pass", [*WRONG["heads split without transpose"],
+                      *WRONG["heads merged without transpose"]])],  # causal, but not GPT-2
+    ids=["a mask that begins too early", "no transpose at all"])
+def test_a_doctest_sees_what_the_guard_cannot(function, edits):
+    module = module_from(replaced(SOURCE, *edits))
+    [test] = doctest.DocTestFinder().find(getattr(module, function), globs=vars(module))
+    assert doctest.DocTestRunner(verbose=False).run(test, out=lambda _: None).failed > 0
+
+
+def test_a_run_without_a_mask_warns(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "input.txt").write_text(TEXT, encoding="utf-8")
+    module_from(with_settings(replaced(SOURCE, (MASKED, "")), **TINY)).train()
+    assert capsys.readouterr().out.count("Warning: this model sees the future") == 3

@@ -1,4 +1,4 @@
-"""The replica in PyTorch computes what train.py computes, given the same weights."""
+"""tests/lab/replica.py, in PyTorch, computes what train.py computes, given the same weights."""
 
 from types import SimpleNamespace
 

@@ -1,0 +1,254 @@
+"""What the tests share: tiny settings, edits of train.py, and runs of it in a folder."""
+
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import train
+from mlx.utils import tree_flatten, tree_map
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCE = (ROOT / "train.py").read_text(encoding="utf-8")
+ON_CPU = mx.default_device() == mx.cpu  # there, equal runs are equal to the last bit
+unix = pytest.mark.skipif(os.name == "nt", reason="needs Unix signals, pipes, or terminals")
+
+# Every setting has a value here, so that no test depends on what stands in train.py.
+TINY = dict(ctx_len=12, n_emb=16, n_heads=2, n_layers=1, dropout=0.0, num_epochs=2, batch_size=4,
+            lr=1e-2, warmup_steps=3, weight_decay=0.1, beta1=0.9, beta2=0.99, max_norm=1.0, seed=0,
+            max_new_tokens=40, temperature=0.8, top_k=40)
+TEXT = "".join(map(chr, range(32, 127))) + "\n"  # so that it has any plain prompt a reader may try
+TEXT += "".join(f"{n} sheep and {n * 7 % 10} goats went over the hill; one came back.\n"
+                for n in range(16))
+VOCAB = sorted(set(TEXT))
+SHIPPED = "46191818cac3a9016d23b81f50be44eeb3bc237fa841e839b521c5badcfa357e"  # SHA-256
+
+
+def missing(reason):
+    """For what is not found in train.py: a reader may have changed it, but under CI it fails."""
+    (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)
+
+
+def shipped():
+    """The text that comes with train.py, or None if input.txt is another one."""
+    path = ROOT / "input.txt"
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    return text if hashlib.sha256(text.encode()).hexdigest() == SHIPPED else None
+
+
+def no_compiler():
+    """Skips the test if MLX finds no compiler, and runs the Python code each time."""
+    calls = []
+    function = mx.compile(lambda x: calls.append(x) or x + x)
+    for _ in range(5):
+        mx.eval(function(mx.array(1.0)))
+    if len(calls) == 5:
+        (missing if sys.platform == "linux" else pytest.skip)("no compiler")
+
+
+# Edits of the source
+
+
+def replaced(source, *pairs):
+    """The source with each first string of a pair, which must be there once, replaced."""
+    for old, new in pairs:
+        if source.count(old) != 1:
+            missing(f"train.py does not have once: {old}")
+        source = source.replace(old, new)
+    return source
+
+
+def with_settings(source, **settings):
+    """The script with settings assigned anew at the end of section 1."""
+    assert source.count("\n# %% 2. ") == 1, "train.py has no mark of section 2"
+    lines = "".join(f"{name} = {value!r}\n" for name, value in settings.items())
+    return source.replace("\n# %% 2. ", f"\n{lines}# %% 2. ")
+
+
+def module_from(source, name="edited"):
+    """A module with that source."""
+    module = sys.modules[name] = types.ModuleType(name)  # dataclasses look their module up
+    exec(compile(source, f"{name}.py", "exec"), vars(module))
+    return module
+
+
+# Models and numbers
+
+
+def random_model(vocab_size=11, **sizes):
+    """A model in eval mode whose weights are large enough for every part to matter."""
+    config = {**dict(ctx_len=12, n_emb=16, n_heads=2, n_layers=2, dropout=0.0), **sizes}
+    mx.random.seed(0)
+    model = train.GPT(train.GPTConfig(vocab_size, **config))
+    model.update(tree_map(lambda w: w + 0.3 * mx.random.normal(w.shape), model.parameters()))
+    model.eval()
+    return model
+
+
+def random_tokens(*shape, seed=0):
+    return np.random.default_rng(seed).integers(0, 11, shape)
+
+
+def named(tree):
+    """The arrays of a tree by name, in NumPy and float64."""
+    return {name: np.array(array, dtype=np.float64) for name, array in tree_flatten(tree)}
+
+
+def softmax(logits):
+    return np.array(mx.softmax(mx.array(logits), axis=-1))
+
+
+def agrees(value, rounded, places):
+    """Whether a number that is rounded to so many places can be this value."""
+    return abs(value - rounded) <= 0.5000001 * 10**-places
+
+
+def encoded(text):
+    """The tokens of a text, with the vocabulary of TEXT."""
+    return np.array([VOCAB.index(char) for char in text])
+
+
+# What a run prints and leaves
+
+EPOCH = re.compile(r"^Epoch +(\d+) \| train = (\S+) \| val = (\S+) \|", re.M)
+
+
+def losses(output):
+    """The number, the training loss, and the validation loss of each epoch that was printed."""
+    return [(int(n), float(t), float(v)) for n, t, v in EPOCH.findall(output)]
+
+
+def epochs(output):
+    return [n for n, _, _ in losses(output)]
+
+
+def arrays(folder, name="model.safetensors"):
+    return {key: np.array(array) for key, array in mx.load(str(folder.path / name)).items()}
+
+
+def run_log(folder):
+    return [json.loads(line) for line in folder.read("runs.jsonl").splitlines()]
+
+
+def assert_same_run(folder, other):
+    """The same weights, optimizer, and text: on a CPU, to the last bit."""
+    for name in ("model.safetensors", "checkpoint.safetensors"):
+        ours, theirs = arrays(folder, name), arrays(other, name)
+        assert ours.keys() == theirs.keys()
+        if ON_CPU:
+            assert [key for key in ours if not np.array_equal(ours[key], theirs[key])] == []
+    if ON_CPU:
+        assert folder.read("completions.txt") == other.read("completions.txt")
+
+
+def refused(folder, command, *arguments):
+    """Runs a command that must refuse, and change nothing. Returns its one-line message."""
+    before = folder.files()
+    output, status = command(*arguments)
+    assert isinstance(status, str) and "\n" not in status  # which Python prints, and exits with 1
+    assert not arguments or output == ""
+    assert epochs(output) == [] and folder.files() == before
+    return status
+
+
+class Folder:
+    """A folder with a copy of train.py in tiny settings, and a small input.txt."""
+
+    def __init__(self, path):
+        self.path = path
+        self.started = []
+        self.edit()
+        self.write("input.txt", TEXT)
+
+    def edit(self, source=SOURCE, **settings):
+        """Writes train.py anew, in tiny settings but for these."""
+        self.write("train.py", with_settings(source, **{**TINY, **settings}))
+
+    def write(self, name, text):
+        (self.path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+
+    def read(self, name):
+        return (self.path / name).read_bytes()
+
+    def command(self, *arguments, code=None, compiled=False):
+        """What subprocess needs to start train.py with arguments, or else some Python code."""
+        program = ["-c", code] if code else ["train.py"]
+        environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "PYTHONUTF8": "1"}
+        for name in ("PYTHONUNBUFFERED", *(["MLX_DISABLE_COMPILE"] if compiled else [])):
+            environment.pop(name, None)
+        return dict(args=[sys.executable, *program, *arguments], cwd=self.path, text=True,
+                    env=environment, encoding="utf-8")
+
+    def run(self, *arguments, code=None, compiled=False, **options):
+        started = self.command(*arguments, code=code, compiled=compiled)
+        return subprocess.run(**{**started, "capture_output": True, "timeout": 240, **options})
+
+    def start(self, code, **options):
+        """Like run(), but does not wait for the end. Returns the process."""
+        self.started.append(subprocess.Popen(**{
+            **self.command(code=code), "stdout": subprocess.PIPE, "stderr": subprocess.PIPE,
+            **options}))
+        return self.started[-1]
+
+    def end(self):
+        """Ends what a test that failed may have left running."""
+        for process in self.started:
+            process.kill()
+            process.wait()
+
+    def files(self):
+        """The contents of all files but train.py, by name."""
+        return {file.name: file.read_bytes() for file in self.path.iterdir()
+                if file.is_file() and file.name != "train.py"}
+
+
+# A fake clock: the first training step takes 1000 seconds, each later one so many, all else none.
+CLOCK = """
+import time, train
+now = 0
+
+def get_batches(tokens, ctx_len, batch_size, rng=None, real=train.get_batches):
+    global now
+    for batch in real(tokens, ctx_len, batch_size, rng):
+        if rng is not None:
+            now += {seconds} if now > 0 else 1000
+        yield batch
+
+train.get_batches, time.perf_counter = get_batches, lambda: now
+train.main()
+"""
+
+# Runs the script, and sends it a signal at the n-th of some moments.
+STOP = """
+import os, signal, train
+moments = []
+
+def reach(moment):
+    moments.append(moment)
+    if moment == {moment!r} and moments.count(moment) == {n}:
+        os.kill(os.getpid(), signal.{signal})
+
+def evaluate(*arguments, real=train.evaluate):
+    reach("measuring")
+    return real(*arguments)
+
+def replace(old, new, real=os.replace):
+    reach("before saving")
+    real(old, new)
+    reach("after saving")
+
+def announce(*values, **options):
+    print(*values, **dict(options, flush=True))
+    if str(values[0] if values else "").startswith("Epoch"):
+        reach("announcing")
+
+train.evaluate, train.print, os.replace = evaluate, announce, replace
+train.main()
+"""

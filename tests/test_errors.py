@@ -1,0 +1,193 @@
+"""What can be wrong: one clear line, and nothing that was saved is lost."""
+
+import math
+import os
+import re
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.optimizers as optim
+import pytest
+import train
+from helpers import ON_CPU, TEXT, epochs, losses, refused, unix
+
+
+def test_a_refusal_is_one_line_and_a_status(folder):
+    folder.edit(n_heads=3)
+    result = folder.run()
+    assert result.returncode == 1 and result.stdout == "" and "Traceback" not in result.stderr
+    assert re.match(r"train.py: .*n_heads = 3", result.stderr.splitlines()[-1])
+    assert set(folder.files()) == {"input.txt"}
+
+
+@pytest.mark.parametrize("name, value", [
+    ("n_heads", 3), ("n_emb", 0), ("num_epochs", 0), ("batch_size", 0), ("n_layers", -1),
+    ("ctx_len", 0), ("dropout", -0.1), ("lr", -1e-3), ("max_norm", math.nan), ("seed", -1),
+    ("warmup_steps", -5), ("weight_decay", -0.1), ("top_k", 0), ("max_new_tokens", 0),
+    ("temperature", -1)])
+def test_settings_that_make_no_sense(folder, tiny, command, name, value):
+    tiny(**{name: value})
+    assert f"{name} = {value!r}" in refused(folder, command)
+
+
+USELESS = {"missing": None, "a folder": "folder", "empty": b"", "short": b"to be or not to be",
+           "not UTF-8": b"to be or not" * 99 + b"\xff", "UTF-16": TEXT.encode("utf-16"),
+           "too few rows for a batch": TEXT[:60].encode()}
+
+
+@pytest.mark.parametrize("content", USELESS.values(), ids=USELESS)
+def test_texts_that_cannot_be_used(folder, command, content):
+    (folder.path / "input.txt").unlink()
+    if content == "folder":
+        (folder.path / "input.txt").mkdir()
+    elif content is not None:
+        folder.write("input.txt", content)
+    line = refused(folder, command)
+    assert "input.txt" in line
+    assert content is not None or str(folder.path.resolve()) in line.replace("\\\\", "\\")
+
+
+def test_texts_that_can_be_used(folder, command, finished_run):
+    """A mark at the beginning, Windows newlines, or no newline at all."""
+    folder.write("input.txt", b"\xef\xbb\xbf" + TEXT.replace("\n", "\r\n").encode())
+    output, _ = command()
+    assert losses(output) == losses(finished_run[1].stdout) or not ON_CPU
+    assert not {"\r", "\ufeff"} & set(folder.read("completions.txt").decode())
+    folder.write("input.txt", TEXT.replace("\n", "--Ω床🌙"))
+    assert command()[1] == 0
+    output, status = command("--sample", "Ω床")
+    assert status == 0 and output.startswith("Ω床") and len(output) == 2 + 40 + 1
+
+
+@pytest.mark.parametrize("arguments, name", [
+    (["--resume"], "checkpoint.safetensors"), (["--sample"], "model.safetensors"),
+    (["--look", "7"], "model.safetensors")])
+def test_files_that_cannot_be_used(trained, tiny, command, arguments, name):
+    tiny(num_epochs=3)
+    whole = trained.read(name)
+    other = ({"model.safetensors", "checkpoint.safetensors"} - {name}).pop()
+    mx.save_safetensors("foreign.safetensors", {"weight": mx.zeros(3)})
+    for content in (b"", b"Sonnet 18", whole[: len(whole) // 2], whole[:-1],
+                    trained.read("foreign.safetensors"), trained.read(other)):
+        trained.write(name, content)
+        line = refused(trained, command, *arguments)
+        assert name in line or "changed since" in line
+    (trained.path / name).unlink()
+    assert str(trained.path.resolve() / name) in refused(trained, command, *arguments)
+
+
+def test_files_of_another_version_of_the_code(trained, tiny, command, monkeypatch):
+    @dataclass
+    class OtherConfig(train.GPTConfig):
+        bias: bool
+
+    class OtherGPT(train.GPT):
+        def __init__(self, config):
+            super().__init__(config)
+            self.new_layer = self.pop("ln_f")
+
+    for name, other in (("GPT", OtherGPT), ("GPTConfig", OtherConfig)):
+        with monkeypatch.context() as patched:
+            patched.setattr(train, name, other)
+            assert "model.safetensors" in refused(trained, command, "--sample")
+    tiny(num_epochs=3)
+    for name, other in (("GPT", OtherGPT), ("make_optimizer", lambda _: optim.SGD(0.1))):
+        with monkeypatch.context() as patched:
+            patched.setattr(train, name, other)
+            assert "checkpoint.safetensors" in refused(trained, command, "--resume")
+
+
+@pytest.mark.parametrize("seconds", [0, 20])
+def test_a_loss_that_diverges_is_noticed_in_time(trained, tiny, command, monkeypatch, seconds):
+    """By the next line of progress, or, where an epoch is too short for one, by its end."""
+    steps, make_step = [], train.make_step
+
+    def counting(*arguments):
+        step = make_step(*arguments)
+        return lambda x, y: steps.append(x) or step(x, y)
+
+    monkeypatch.setattr(train, "make_step", counting)
+    monkeypatch.setattr(train.time, "perf_counter", lambda: seconds * len(steps))
+    tiny(lr=1e30, max_norm=1e30, warmup_steps=0)
+    assert re.search(r"\b(nan|inf)\b.*\blr\b", refused(trained, command))
+    assert len(steps) <= (5 if seconds else 20)
+
+
+def test_a_model_that_gives_nan_from_the_start(trained, tiny, command, monkeypatch):
+    """Such as one whose mask hides a position even from itself."""
+    monkeypatch.setattr(train, "causal_mask",
+                        lambda T, S: mx.arange(S) >= mx.arange(S - T, S)[:, None])
+    assert re.search(r"\bnan\b.*\bmistake\b", refused(trained, command))
+
+
+# Lets no file grow larger than that, as if the disk were full.
+SMALL_FILES = """
+import resource, signal, train
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size}))
+train.main()
+"""
+
+
+@unix
+@pytest.mark.parametrize("full_for", ["model.safetensors", "checkpoint.safetensors"])
+def test_a_full_disk_keeps_the_last_good_files(trained, full_for):
+    before = trained.files()
+    size = len(before[full_for]) - 1000  # the checkpoint is larger
+    trained.edit(num_epochs=3)
+    full = trained.run("--resume", code=SMALL_FILES.format(size=size))
+    assert full.returncode == 1 and epochs(full.stdout) == [] and "Traceback" not in full.stderr
+    assert full_for in full.stderr.splitlines()[-1]
+    assert trained.read("checkpoint.safetensors") == before["checkpoint.safetensors"]
+    assert len(trained.read("model.safetensors")) == len(before["model.safetensors"])
+    assert not list(trained.path.glob("unfinished-*"))
+    assert epochs(trained.run("--resume").stdout) == [2]
+
+
+@unix
+def test_a_folder_that_cannot_be_written(folder, command):
+    folder.path.chmod(0o500)
+    try:
+        if os.access(folder.path, os.W_OK):
+            pytest.skip("this user may write everywhere")
+        assert str(folder.path.resolve()) in refused(folder, command)
+    finally:
+        folder.path.chmod(0o700)
+
+
+@pytest.mark.parametrize("error", [NameError, ValueError, RuntimeError, KeyError, TypeError])
+def test_an_error_of_the_readers_own_keeps_its_traceback(folder, command, monkeypatch, error):
+    def broken(*_):
+        raise error("an idea of mine")
+
+    monkeypatch.setattr(train, "evaluate", broken)
+    with pytest.raises(error, match="an idea of mine"):
+        command()
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--look", TEXT[100:113]], "13.*12"), (["--look", "7 π"], "'π'"), (["--sample", "π"], "'π'")])
+def test_prompts_that_cannot_be_used(trained, command, arguments, words):
+    assert re.search(words, refused(trained, command, *arguments))
+
+
+def test_help_and_mistyped_options(folder, command):
+    output, status = command("--help")
+    assert status in (0, None) and all(f"--{n}" in output for n in ("sample", "look", "resume"))
+    for arguments in (["--rseume"], ["7"], ["--look"], ["--resume", "--sample"]):
+        assert command(*arguments) == ("", 2)
+
+
+def test_an_mlx_that_is_too_old(folder, command, monkeypatch):
+    monkeypatch.setattr(train, "mx", type("OldMLX", (), {"array": object, "cpu": mx.cpu}))
+    assert "too old" in refused(folder, command)
+
+
+def test_ctrl_c_while_sampling(trained, command, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+        yield
+
+    monkeypatch.setattr(train, "generate", interrupted)
+    output, status = command("--sample", "7")
+    assert "stopped" in status and "resume" not in status

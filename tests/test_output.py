@@ -1,0 +1,87 @@
+"""Output: pipes, terminals, and what stands in for them."""
+
+import itertools
+import os
+import struct
+import subprocess
+import sys
+import threading
+from types import SimpleNamespace
+
+import pytest
+from helpers import CLOCK, epochs, run_log, unix
+
+
+@unix
+@pytest.mark.parametrize("arguments", [[], ["--sample", "7"], ["--look", "7"]])
+def test_a_pipe_whose_reader_has_left(trained, arguments):
+    reading, writing = os.pipe()
+    os.close(reading)
+    result = trained.run(*arguments, capture_output=False, stdout=writing, stderr=subprocess.PIPE)
+    os.close(writing)
+    assert result.returncode != 0
+    assert "Traceback" not in result.stderr and "BrokenPipe" not in result.stderr
+
+
+def test_control_characters_and_a_pipe_of_few_characters(folder):
+    alphabet = "".join(map(chr, range(32, 127)))
+    folder.write("input.txt", alphabet + "\x1b\x07a\n" * 300)
+    environment = {**folder.command()["env"], "PYTHONIOENCODING": "ascii"}
+    result = folder.run(env=environment, encoding="ascii")
+    assert result.returncode == 0 and "Traceback" not in result.stderr
+    text = folder.read("completions.txt").decode()
+    shown = result.stdout[: result.stdout.rindex(text)]
+    assert "\x1b" in text and epochs(shown) == [0, 1]
+    assert not {"\x1b", "\x07"} & set(shown)
+    look = folder.run("--look", "\x1b\x07a\n", env=environment, encoding="ascii")
+    assert look.returncode == 0 and not {"\x1b", "\x07"} & set(look.stdout)
+
+
+@pytest.mark.parametrize("stdout", ["nothing", "only write and flush"])
+def test_no_terminal_at_all(folder, command, monkeypatch, stdout):
+    """As under pythonw, and as in IDLE."""
+    shown = []
+    writer = SimpleNamespace(write=shown.append, flush=lambda: None)
+    monkeypatch.setattr(sys, "stdout", None if stdout == "nothing" else writer)
+    assert command()[1] == 0 and len(run_log(folder)) == 1
+    assert epochs("".join(shown)) == ([] if stdout == "nothing" else [0, 1])
+
+
+def in_terminal(folder, width, code):
+    """What a process shows in a terminal of that width."""
+    fcntl, pty, termios = map(pytest.importorskip, ("fcntl", "pty", "termios"))
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, width, 0, 0))
+    environment = folder.command()["env"]
+    environment.pop("COLUMNS", None)  # which would count for more
+    process = folder.start(code, stdin=theirs, stdout=theirs, stderr=theirs, env=environment)
+    os.close(theirs)
+    end = threading.Timer(120, process.kill)
+    end.start()
+    shown = b""
+    while True:
+        try:
+            part = os.read(ours, 4096)
+        except OSError:  # Linux's way to say that the other end is closed
+            part = b""
+        if not part:
+            break
+        shown += part
+    end.cancel()
+    os.close(ours)
+    assert process.wait() == 0, shown.decode()
+    return shown.decode()
+
+
+@unix
+@pytest.mark.parametrize("width", [12, 150])
+def test_progress_takes_one_row_of_a_terminal(folder, width):
+    rows = [row.split("\r") for row in in_terminal(
+        folder, width, CLOCK.format(seconds=1)).split("\r\n")]
+    passing = [part for row in rows for part in row[:-1]]
+    assert sum(part.startswith("step ") for part in passing) > 5
+    assert all(len(part) < width for part in passing)
+    assert epochs("\n".join(row[-1] for row in rows)) == [0, 1]
+    for row in rows:
+        for old, new in itertools.pairwise(row):  # nothing is left of what was there before
+            assert old[len(new) :].strip() == "", row
