@@ -1,10 +1,10 @@
 """An independent replica of train.py's model and training in PyTorch, to search settings with.
 
-    python tests/replica.py TEXTFILE [name=value ...]     for example n_emb=192 dropout=0.1
+    python tests/lab/replica.py TEXTFILE [name=value ...]     for example n_emb=192 dropout=0.1
 
 On a machine of two CPU cores and no GPU it trains several times faster than train.py can. Names
-and defaults are those of train.py's default model, and it computes the same thing with other
-random numbers. A figure that comes from here is marked as such in tests/MEASUREMENTS.md. It needs
+and defaults are those of train.py's default model, and it computes the same thing with other random
+numbers. A figure that comes from here is marked as such in tests/lab/MEASUREMENTS.md. It needs
 PyTorch and a C++ compiler, and saves nothing. With glibc, these environment variables make it
 faster by about a fifth, as memory is then kept from step to step and in large pages:
 
@@ -22,8 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-settings = dict(ctx_len=128, n_emb=128, n_heads=4, n_layers=3, dropout=0.03, num_epochs=20,
-                batch_size=32, lr=3e-3, warmup_steps=100, weight_decay=0.1, beta1=0.9, beta2=0.99,
+settings = dict(ctx_len=128, n_emb=128, n_heads=4, n_layers=3, dropout=0.0, num_epochs=20,
+                batch_size=32, lr=3e-3, warmup_steps=100, weight_decay=0.5, beta1=0.9, beta2=0.99,
                 max_norm=1.0, seed=0, threads=2)
 
 
