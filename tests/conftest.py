@@ -3,7 +3,9 @@
 import os
 import signal
 import sys
+from itertools import chain, repeat
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -54,9 +56,7 @@ def shipped_text():
 def folder(tmp_path, monkeypatch):
     """A folder with the script and a text, which is the current one as well."""
     monkeypatch.chdir(tmp_path)
-    folder = Folder(tmp_path)
-    yield folder
-    folder.end()
+    return Folder(tmp_path)
 
 
 @pytest.fixture(scope="session")
@@ -74,6 +74,27 @@ def trained(finished_run, folder):
     for name, content in finished_run[0].files().items():
         folder.write(name, content)
     return folder
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that only the steps of a run move: the first by 1000 seconds, others by so many."""
+    clock = SimpleNamespace(now=0, seconds=20, steps=0)
+    make_step = train.make_step
+
+    def slow_step(*arguments):
+        step, pauses = make_step(*arguments), chain([1000], repeat(clock.seconds))
+
+        def timed(x, y):
+            clock.now += next(pauses)
+            clock.steps += 1
+            return step(x, y)
+
+        return timed
+
+    monkeypatch.setattr(train, "make_step", slow_step)
+    monkeypatch.setattr(train.time, "perf_counter", lambda: clock.now)
+    return clock
 
 
 @pytest.fixture

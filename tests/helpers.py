@@ -56,12 +56,12 @@ def no_compiler():
 # Edits of the source
 
 
-def replaced(source, *pairs):
-    """The source with each first string of a pair, which must be there once, replaced."""
-    for old, new in pairs:
-        if source.count(old) != 1:
-            missing(f"train.py does not have once: {old}")
-        source = source.replace(old, new)
+def edited(source, *edits):
+    """The source after edits: a regular expression, which must match once, and what replaces it."""
+    for pattern, new in edits:
+        source, n = re.subn(pattern, new, source, flags=re.M)
+        if n != 1:
+            missing(f"train.py has {pattern!r} {n} times")
     return source
 
 
@@ -163,7 +163,6 @@ class Folder:
 
     def __init__(self, path):
         self.path = path
-        self.started = []
         self.edit()
         self.write("input.txt", TEXT)
 
@@ -190,40 +189,11 @@ class Folder:
         started = self.command(*arguments, code=code, compiled=compiled)
         return subprocess.run(**{**started, "capture_output": True, "timeout": 240, **options})
 
-    def start(self, code, **options):
-        """Like run(), but does not wait for the end. Returns the process."""
-        self.started.append(subprocess.Popen(**{
-            **self.command(code=code), "stdout": subprocess.PIPE, "stderr": subprocess.PIPE,
-            **options}))
-        return self.started[-1]
-
-    def end(self):
-        """Ends what a test that failed may have left running."""
-        for process in self.started:
-            process.kill()
-            process.wait()
-
     def files(self):
         """The contents of all files but train.py, by name."""
         return {file.name: file.read_bytes() for file in self.path.iterdir()
                 if file.is_file() and file.name != "train.py"}
 
-
-# A fake clock: the first training step takes 1000 seconds, each later one so many, all else none.
-CLOCK = """
-import time, train
-now = 0
-
-def get_batches(tokens, ctx_len, batch_size, rng=None, real=train.get_batches):
-    global now
-    for batch in real(tokens, ctx_len, batch_size, rng):
-        if rng is not None:
-            now += {seconds} if now > 0 else 1000
-        yield batch
-
-train.get_batches, time.perf_counter = get_batches, lambda: now
-train.main()
-"""
 
 # Runs the script, and sends it a signal at the n-th of some moments.
 STOP = """

@@ -6,9 +6,8 @@ import signal
 
 import numpy as np
 import pytest
-import train
-from helpers import CLOCK, ON_CPU, STOP, TEXT, TINY, Folder, assert_same_run, epochs, losses
-from helpers import no_compiler, refused, run_log, unix
+from helpers import ON_CPU, STOP, TEXT, TINY, Folder, assert_same_run, epochs, losses
+from helpers import refused, run_log, unix
 
 CHANGES = dict(ctx_len=8, n_emb=32, n_heads=4, n_layers=2, dropout=0.1, batch_size=8, lr=2e-2,
                warmup_steps=4, weight_decay=0.2, beta1=0.8, beta2=0.95, max_norm=2.0, seed=1)
@@ -39,13 +38,9 @@ def test_a_run_stopped_again_and_again_equals_one_without_a_break(folder, tmp_pa
         together += losses(stopped.stdout)
         if sent == "SIGINT":
             assert stopped.returncode == 1 and "Traceback" not in stopped.stderr
-            assert "stopped" in stopped.stderr and not list(folder.path.glob("unfinished-*"))
+            assert "stopped" in stopped.stderr
         else:
             assert stopped.returncode == -signal.SIGKILL
-            for left in folder.path.glob("unfinished-*"):
-                for file in left.iterdir():
-                    file.unlink()
-                left.rmdir()
     rest = folder.run("--resume")
     together += losses(rest.stdout)
 
@@ -61,7 +56,6 @@ def test_a_run_stopped_again_and_again_equals_one_without_a_break(folder, tmp_pa
 
 @unix
 def test_a_compiled_run_is_resumed_as_exactly(folder, tmp_path_factory, compiled):
-    no_compiler()
     whole = Folder(tmp_path_factory.mktemp("whole"))
     for each in (folder, whole):
         each.edit(dropout=0.2)
@@ -95,18 +89,20 @@ def test_a_run_stopped_in_its_first_epoch_loses_nothing_and_is_not_confused(trai
     assert trained.files() == after
 
 
-@unix
-def test_two_runs_in_one_folder(folder):
-    """The first one is halted as it saves, until the second one is done."""
-    first = folder.start(STOP.format(moment="before saving", n=2, signal="SIGSTOP"))
-    _, status = os.waitpid(first.pid, os.WUNTRACED)
-    assert os.WIFSTOPPED(status)
+def test_two_runs_in_one_folder(folder, command, monkeypatch):
+    """A whole run happens while the first one is about to save."""
+    others, replace = [], os.replace
+
+    def slow_replace(old, new):
+        if not others:
+            others.append(folder.run())
+        replace(old, new)
+
+    monkeypatch.setattr(os, "replace", slow_replace)
     folder.edit(seed=1)
-    second = folder.run()
-    first.send_signal(signal.SIGCONT)
-    output, error = first.communicate(timeout=60)
-    assert (first.returncode, second.returncode) == (0, 0), error + second.stderr
-    assert epochs(output) == epochs(second.stdout) == [0, 1] and len(run_log(folder)) == 2
+    output, status = command()
+    assert status == 0 and epochs(output) == epochs(others[0].stdout) == [0, 1], others[0].stderr
+    assert len(run_log(folder)) == 2 and not list(folder.path.glob("unfinished-*"))
 
 
 @pytest.mark.parametrize("name, value", CHANGES.items())
@@ -130,38 +126,27 @@ def steps_reported(output):
     return [tuple(float(number.replace(",", "")) for number in row) for row in found]
 
 
-def test_resume_with_more_epochs(folder):
-    """With a clock that makes the steps so slow that each is reported, even in a pipe."""
-    clock = CLOCK.format(seconds=20)
-    first = steps_reported(folder.run(code=clock).stdout)
+def test_resume_with_more_epochs_and_what_is_told_of_time(folder, tiny, command, clock):
+    first = steps_reported(command()[0])
     steps = int(first[0][1]) // 2  # in an epoch
     assert [row[:2] for row in first] == [(step, 2 * steps) for step in range(2, 2 * steps + 1)]
-    folder.edit(num_epochs=4, temperature=0.5, top_k=5, max_new_tokens=30)
-    result = folder.run("--resume", code=clock)
-    assert result.returncode == 0 and epochs(result.stdout) == [2, 3]
-    second = steps_reported(result.stdout)
+    tiny(num_epochs=4, temperature=0.5, top_k=5, max_new_tokens=30)
+    output, status = command("--resume")
+    second = steps_reported(output)
+    assert status == 0 and epochs(output) == [2, 3]
     assert [row[:2] for row in second] == [
         (step, 4 * steps) for step in range(2 * steps + 2, 4 * steps + 1)]
     for step, total, speed, minutes in first + second:
         assert speed == 2  # of 4 * 12 tokens in 20 seconds, rounded; the first step, which
         assert abs(minutes - (total - step) / 3) < 0.06  # compiles, does not count
-    assert len(folder.read("completions.txt")) == 30
     one, two = run_log(folder)
     assert abs(one["minutes"] - (1000 + (2 * steps - 1) * 20) / 60) < 0.06
     assert abs(two["minutes"] - 2 * one["minutes"]) < 0.11  # of all four epochs
-    assert len(two["history"]) == 4
+    assert len(two["history"]) == 4 and len(folder.read("completions.txt")) == 30
 
 
-def test_a_pipe_hears_of_progress_every_quarter_of_a_minute(folder):
-    output = folder.run(code=CLOCK.format(seconds=1)).stdout
+def test_a_pipe_hears_of_progress_every_quarter_of_a_minute(folder, command, clock):
+    clock.seconds = 1
+    output, _ = command()
     steps = [row[0] for row in steps_reported(output)]
     assert len(steps) >= 2 and set(np.diff(steps)) == {15} and "\r" not in output
-
-
-def test_the_schedule_of_a_resumed_run_is_that_of_all_its_epochs(trained, tiny, command,
-                                                                 monkeypatch):
-    made, real = [], train.make_optimizer
-    monkeypatch.setattr(train, "make_optimizer", lambda n: made.append(n) or real(n))
-    tiny(num_epochs=3)
-    steps = train.count_batches(np.zeros(len(TEXT) * 9 // 10), 12, 4)
-    assert epochs(command("--resume")[0]) == [2] and made == [3 * steps]
