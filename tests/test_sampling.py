@@ -15,8 +15,7 @@ def test_sample_is_greedy(temperature, top_k):
     assert {train.sample(mx.array(LOGITS), temperature, top_k) for _ in range(30)} == {1}
 
 
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
-@pytest.mark.parametrize("top_k", [None, 2, 3, 99])
+@pytest.mark.parametrize("temperature, top_k", [(1.0, None), (0.5, 2), (3.0, 3), (1.0, 99)])
 def test_frequencies_of_sample_are_those_of_softmax(temperature, top_k):
     kept = np.argsort(-LOGITS)[:top_k]
     p = np.zeros(5)
@@ -26,11 +25,6 @@ def test_frequencies_of_sample_are_those_of_softmax(temperature, top_k):
     drawn = [train.sample(mx.array(LOGITS), temperature, top_k) for _ in range(n)]
     found = np.bincount(drawn, minlength=5) / n
     assert (np.abs(found - p) <= 4 * np.sqrt(p * (1 - p) / n)).all()  # 0 where p is 0
-
-
-def test_top_k_of_equal_logits_is_still_k():
-    mx.random.seed(0)
-    assert len({train.sample(mx.zeros(8), 1.0, 3) for _ in range(100)}) == 3
 
 
 def test_parts_of_a_text_with_caches_equal_the_whole():
@@ -59,8 +53,11 @@ def seen(monkeypatch):
 @pytest.mark.parametrize("length", [1, 5, 13, 40])
 def test_generate_equals_running_the_whole_window(seen, ctx_len, length):
     model, prompt = random_model(ctx_len=ctx_len), random_tokens(length).tolist()
-    made = list(train.generate(model, prompt, 25, 0.7, 9))
-    assert len(made) == len(seen) == 25
+    made = []
+    for token in train.generate(model, prompt, 25, 0.7, 9):
+        made.append(token)
+        assert len(seen) == len(made)  # it works when it is asked, one token at a time
+    assert len(made) == 25
     window = prompt[-ctx_len:]
     for (logits, *settings), token in zip(seen, made, strict=True):
         expected = model(mx.array([window]))[0, -1]
@@ -86,14 +83,6 @@ def test_each_token_is_read_once_at_the_offset_before_the_update(monkeypatch):
     full, half = [(n, 1) for n in range(3, 12)], [(n, 1) for n in range(6, 12)]
     passes = [(0, 3), *full, (0, 6), *half, (0, 6), *half[:2]]
     assert reads == [read for read in passes for _ in model.blocks]
-
-
-def test_generate_works_one_token_at_a_time(seen):
-    generator = train.generate(random_model(), [1], 500)
-    for n in range(1, 20):
-        next(generator)
-        assert len(seen) == n
-    assert list(train.generate(random_model(), [1], 0)) == []
 
 
 def test_generate_turns_dropout_off():
