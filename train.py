@@ -50,7 +50,7 @@ The examples behind >>> are tests. To run them: python -m doctest train.py
 # %% Imports
 
 import argparse
-import functools
+import contextlib
 import json
 import math
 import os
@@ -137,7 +137,7 @@ def split(text):
 # *vocabulary*, and the place of a token in this list is its *token ID*. Like most code, ours simply
 # calls this number the token.
 #
-# GPT-2's own vocabulary, found by *byte-pair encoding*, has 50,257 tokens, from single letters to
+# GPT-2's own vocabulary, found by *byte-pair encoding*, has 50,257 tokens, from single bytes to
 # whole words. The same text needs fewer of them, but ours is too small to learn so many. Characters
 # are simpler, and the model cannot tell the difference, since all it ever sees is numbers.
 
@@ -229,7 +229,12 @@ def get_batches(tokens, ctx_len, batch_size, rng=None):
 
 
 def count_batches(tokens, ctx_len, batch_size):
-    """How many batches get_batches() makes with an rng. The learning rate will depend on it."""
+    """How many batches get_batches() makes with an rng. The learning rate will depend on it.
+
+    >>> tokens, rng = np.arange(100), np.random.default_rng(0)
+    >>> len(list(get_batches(tokens, 4, 3, rng))), count_batches(tokens, 4, 3)
+    (7, 7)
+    """
     rows = (len(tokens) - 1) // ctx_len  # - 1, since the last row needs one more token as a target
     return (rows - 1) // batch_size  # - 1 for the row that is dropped
 
@@ -337,7 +342,7 @@ def toy_loss(w):
 # A real model has a great many parameters, and a slope, or partial derivative, for each. All of
 # them together, in one long vector, are the *gradient*. If we nudged one parameter at a time, a
 # single step of the default model would need some 600,000 runs. *Backpropagation* gets the whole
-# gradient for the price of about two. It rests on the *chain rule*: if one number depends on
+# gradient for the price of about three. It rests on the *chain rule*: if one number depends on
 # another, and that on a third, the slopes multiply.
 #
 #         slope 3       slope -2
@@ -372,7 +377,7 @@ def toy_loss(w):
 # from one position to another. All the rest works on each vector by itself.
 #
 # The first transformer was made for translation, and had one half that reads and one that writes.
-# GPT is the half that writes (decoder-only). Its sizes are kept in one object:
+# GPT is the half that writes, on its own (decoder-only). Its sizes are kept in one object:
 
 
 @dataclass  # writes __init__ for us
@@ -653,7 +658,8 @@ class MLP(nn.Module):
 #
 # There is a price. As layer after layer adds to it, the stream grows, and scores computed from it
 # would grow until softmax saturated. So each layer first passes its input through a *LayerNorm*. It
-# shifts and scales each vector, whatever its size, to mean 0 and variance 1:
+# shifts and scales each vector to mean 0 and variance 1 (but for a tiny constant, which keeps it
+# from dividing by 0):
 #
 #     x                                   1        2        6
 #     minus the mean, 3                  -2       -1        3
@@ -704,10 +710,12 @@ class Block(nn.Module):
 #
 # How should the parameters begin? If all were equal, all numbers that a layer computes would be
 # equal, would get equal gradients, and would stay equal forever, many numbers doing the work of
-# one. The matrices therefore begin random, and small, so that at first no token is much preferred.
-# That gives us a test: the first loss must lie close to ln vocab_size, and a little above, because
-# a preference without a reason costs more than it gains. An honest beginner knows nothing, and says
-# so.
+# one. The matrices therefore begin random, and small, so that at first hardly any token is
+# preferred. That gives us a test: the first loss must lie close to ln vocab_size. It will lie a
+# little above, because any preference without a reason costs more than it gains. The untrained
+# model does have one. As input and output share a table, each vector resembles its own token, so
+# the model expects every letter to come twice. Apart from that, it is an honest beginner, who knows
+# nothing and says so.
 
 
 class GPT(nn.Module):
@@ -830,7 +838,8 @@ def count_parameters(model):
 
 
 def sees_the_future(model):
-    """Whether a prediction depends on a later token, in which case its loss means nothing.
+    """Whether a prediction depends on a later token, in which case its loss means nothing. Leaves
+    the model in eval mode.
 
     If the last token changes, only the last prediction may change:
 
@@ -843,6 +852,7 @@ def sees_the_future(model):
     tokens[:, -1] = model.config.vocab_size - 1  # another last token
     change = mx.abs(model(tokens) - before)  # (1, ctx_len, vocab_size)
     return mx.any(change[:, :-1] > 0).item()
+
 
 # %% 9. Generating text
 #
@@ -898,7 +908,17 @@ def sample(logits, temperature=1.0, top_k=None):
 
 
 class KVCache:
-    """The keys and values of all positions that one attention layer has read."""
+    """The keys and values of all positions that one attention layer has read.
+
+    With a cache, a text can be read in parts, and the logits are the same as without:
+
+    >>> model = GPT(GPTConfig(65, ctx_len=8, n_emb=16, n_heads=4, n_layers=2, dropout=0.0))
+    >>> tokens = mx.array([[18, 47, 56, 57, 58]])
+    >>> caches = [KVCache() for _ in model.blocks]
+    >>> parts = [model(tokens[:, :3], caches), model(tokens[:, 3:], caches)]
+    >>> mx.allclose(mx.concatenate(parts, axis=1), model(tokens), atol=1e-5).item()
+    True
+    """
 
     def __init__(self):
         self.keys = None
@@ -946,9 +966,10 @@ def generate(model, tokens, max_new_tokens, temperature=1.0, top_k=None):
 
 
 def continue_text(model, tokenizer, prompt, length):
-    """Yields `length` tokens that continue the prompt, as strings. The same seed, the same text.
+    """Yields `length` tokens that continue the prompt, as strings.
 
-    Raises KeyError for a character that the model does not know.
+    Sets MLX's random seed, so that the same `seed` gives the same text. Raises KeyError for a
+    character that the model does not know.
     """
     mx.random.seed(seed)
     tokens = tokenizer.encode(prompt) or [0]  # without a prompt: the first token of the vocabulary
@@ -979,7 +1000,8 @@ def type_out(model, tokenizer, prompt):
 # parameters: the slope of one is 0.001 in every batch, that of the other flips between 10 and -10.
 # Surely the first should go ahead, since all batches agree about it, and the second should stay
 # where it is. Slope times any one learning rate would do the opposite. *Adam* does what we want.
-# For each parameter it keeps two moving averages, m of its slope g, and v of the square of g.
+# For each parameter it keeps two moving averages, m of its slope g, and v of the square of g. (We
+# leave out a tiny constant that keeps it from dividing by 0.)
 #
 #     m = beta1 * m + (1 - beta1) * g
 #     v = beta2 * v + (1 - beta2) * g * g
@@ -991,9 +1013,9 @@ def type_out(model, tokenizer, prompt):
 # 0.05. With random signs it is typically 0.23. In short, where the batches agree, w goes ahead, and
 # where they quarrel, it stays put.
 #
-# AdamW adds *weight decay*: each step also shrinks w by lr * weight_decay * w. A weight then stays
-# large only if its gradient keeps insisting. With large weights a model can react sharply to small
-# details, and that is what memorizing takes.
+# By *weight decay*, AdamW (Adam with decoupled weight decay) also shrinks w in each step, by lr *
+# weight_decay * w. A weight then stays large only if its gradient keeps insisting. With large
+# weights a model can react sharply to small details, and that is what memorizing takes.
 
 
 def make_optimizer(total_steps):
@@ -1007,7 +1029,8 @@ def make_optimizer(total_steps):
     Why does it rise? In the very first step, m / sqrt(v) is 1 or -1, however small g is, so each
     parameter would move by the full lr on the word of a single batch. During *warmup*, while m and
     v gather evidence, steps are kept short. And why does it fall? Near the goal the batches quarrel
-    about every parameter, which keeps it jumping around. Only a lower rate lets it settle.
+    about every parameter, which keeps it jumping around. Only a lower rate lets it settle. (In a
+    run of few steps, the two lines meet below lr.)
     """
 
     # AdamW calls this in each step, with the step as an unsigned mx.array (so that step - 100 would
@@ -1019,9 +1042,9 @@ def make_optimizer(total_steps):
         fall = mx.maximum(0, 1 - step / total_steps)
         return lr * mx.minimum(rise, fall)
 
-    # Only the matrices of the blocks are decayed. Biases, gains, and embeddings are left alone, as
-    # they can memorize little; when they were decayed as well, the small model got worse by 0.02.
-    # MultiOptimizer gives the first optimizer what is_decayed picks, and the second one the rest.
+    # Only the matrices of the blocks are decayed. Biases, gains, and embeddings are left alone:
+    # when they were decayed as well, the small model got worse by 0.02. MultiOptimizer gives the
+    # first optimizer what is_decayed picks, and the second one the rest.
     def is_decayed(name, weight):
         return name.startswith("blocks") and weight.ndim == 2
 
@@ -1116,9 +1139,9 @@ def evaluate(model, tokens):
 #
 # Watch it learn. The first loss lies where it must, a little above 4.17. After 500 steps, which
 # printed the first line that is not noise, it has found out about spaces, vowels, and the length of
-# words. One epoch later it has beaten n = 3, and knows that in a play people in capitals speak
-# after a colon. In the end it is close to n = 4. Nobody has told it any of this. All it ever got
-# was the next character.
+# words. After one epoch it has beaten n = 3, and knows that in a play people in capitals speak
+# after a colon. In the end it is close to n = 4. (The two sets are from different plays, so *train*
+# may start above *val*.) Nobody has told it any of this. All it ever got was the next character.
 #
 # And this is the run itself, from the file to the finished model. What you have not met yet has a
 # name that says what it does, and follows in section 12, in the same order.
@@ -1133,10 +1156,10 @@ def train(resume=False):
     text = load_text()
     tokenizer = CharTokenizer(build_vocab(text))
     train_tokens, val_tokens = split(np.array(tokenizer.encode(text), dtype=np.int32))
-    train_part = train_tokens[: len(val_tokens)]  # enough for a fair estimate, and faster
+    train_part = train_tokens[: len(val_tokens)]  # as much as there is to validate on, for speed
     steps_per_epoch = count_batches(train_tokens, ctx_len, batch_size)
-    if steps_per_epoch < 1 or len(val_tokens) <= ctx_len:
-        raise UserError("input.txt is too short: use more text, or lower ctx_len and batch_size")
+    if steps_per_epoch < 1 or len(val_tokens) <= ctx_len or len(tokenizer.vocab) < 2:
+        raise UserError("input.txt holds too little: use more text, or a lower ctx_len")
     total_steps = num_epochs * steps_per_epoch
 
     mx.random.seed(seed)
@@ -1148,7 +1171,8 @@ def train(resume=False):
     history = []  # for each epoch, its losses, and how many minutes it took
     if resume:
         history = resume_run(model, optimizer, settings)
-    else:
+    check_machines([settings, history])
+    if not resume:
         introduce(tokenizer, settings)
         report("Untrained", evaluate(model, train_part), evaluate(model, val_tokens),
                model, tokenizer)
@@ -1198,6 +1222,7 @@ def train(resume=False):
 #     next 'r'          0.30 ███████████████
 #     next 'l'          0.24 ████████████
 #     next 's'          0.06 ███
+#     ...
 #
 # The surprise is the loss at each character. It is high where a word begins, and low once the rest
 # can be guessed: after "Wha", a "t" is no news at all. Each head has a row, which shows what the
@@ -1229,6 +1254,8 @@ def look(model, tokenizer, prompt):
     for block in model.blocks:
         block.mha.attn_dropout = record
     logits = model(mx.array([tokens]))[0]  # (T, vocab_size)
+    for block in model.blocks:
+        block.mha.attn_dropout = nn.Dropout(model.config.dropout)
 
     print(" " * 18 + one_line(tokenizer.decode(tokens)))
     log_p = nn.log_softmax(logits)  # (T, vocab_size)
@@ -1246,7 +1273,7 @@ def look(model, tokenizer, prompt):
 
 
 def bars(shares):
-    """One bar for each share: blank for 0, full for 1 and above.
+    """One bar for each share: blank for 0 or nearly 0, full for 1 and above.
 
     >>> bars([0.1, 0.5, 1.0])
     '▁▄█'
@@ -1261,11 +1288,11 @@ def one_line(text):
 
 
 # This is where the lesson ends. Look back to the first page: GPT-2 guesses what comes next, and
-# that is all it can do. You have now seen every part of it, and nothing was hidden. Multiply the
-# sizes by a thousand, feed it the internet, and you have the machine behind the chatbots; what they
-# add to it is mostly more of the same, some better parts (the README has six of them), and further
-# training on conversations. And yet no line of this file says what a word is, or a verse, or a
-# speaker. It follows slopes downhill, and that is what it finds there.
+# that is all it can do. You have now seen every part of it, and nothing was hidden. Make it a
+# hundred times as wide and thirty times as deep, feed it the internet, and you have GPT-3. Today's
+# chatbots add better parts, six of which are in the README, and further training on conversations.
+# And yet no line of this file says what a word is, or a verse, or a speaker. It follows slopes
+# downhill, and that is what it finds there.
 #
 # What to do now? Change something, and guess what it will do before you run it. A few things to
 # know:
@@ -1299,7 +1326,8 @@ class UserError(Exception):
 
 
 COUNTS = ["ctx_len", "n_emb", "n_heads", "n_layers", "num_epochs", "batch_size", "max_new_tokens",
-          "top_k"]  # of which there must be at least one
+          "top_k"]  # at least 1
+AMOUNTS = ["dropout", "lr", "warmup_steps", "weight_decay", "max_norm", "seed", "temperature"]  # 0
 SAMPLING = ["max_new_tokens", "temperature", "top_k"]  # those that only matter for writing
 
 
@@ -1307,9 +1335,10 @@ def check_settings(names):
     """Raises UserError if one of the settings with these names makes no sense."""
     for name in names:
         value = globals()[name]
-        lowest = 1 if name in COUNTS else 0
-        if isinstance(value, (int, float)) and not value >= lowest:  # which is true for nan, too
-            raise UserError(f"{name} = {value} must be at least {lowest}")
+        if name in COUNTS and not value >= 1:
+            raise UserError(f"{name} = {value} must be at least 1")
+        if name in AMOUNTS and not value >= 0:
+            raise UserError(f"{name} = {value} must be at least 0")
     if "n_heads" in names and n_emb % n_heads != 0:
         raise UserError(f"n_emb = {n_emb} must be a multiple of n_heads = {n_heads}")
 
@@ -1320,6 +1349,35 @@ def describe(text, model):
     settings = {name: globals()[name] for name in SETTINGS}
     return {**settings, "parameters": count_parameters(model),
             "input.txt": f"{zlib.crc32(text.encode()):08x}"}
+
+
+def resume_run(model, optimizer, settings):
+    """Restores model and optimizer from CHECKPOINT. Returns the history of that run.
+
+    Raises UserError if the checkpoint is not from this run, or the run is finished.
+    """
+    saved, notes = load(CHECKPOINT)
+    changed = changes(notes.get("settings", {}), settings, except_for=["num_epochs", *SAMPLING])
+    if changed:
+        raise UserError(f"changed since that run: {', '.join(changed)}. Undo it, or start over")
+    history = notes["history"]
+    if len(history) >= num_epochs:
+        raise UserError("that run is finished: raise num_epochs to keep training")
+    check_match(CHECKPOINT, saved, {"model": model.parameters(), "optimizer": optimizer.state})
+    model.update(saved["model"])
+    optimizer.state = saved["optimizer"]  # a new dict, so call make_step only after this
+    print(f"Resuming after epoch {len(history) - 1}, val = {history[-1]['val']:.4f}")
+    return history
+
+
+def changes(old, new, except_for=()):
+    """The differences between two dicts of settings, in words.
+
+    >>> changes({"lr": 0.01, "seed": 0}, {"lr": 0.001, "seed": 0})
+    ['lr 0.01 to 0.001']
+    """
+    return [f"{name} {old.get(name)} to {new.get(name)}" for name in {**old, **new}
+            if old.get(name) != new.get(name) and name not in except_for]
 
 
 # Several machines can train one model together, if mlx.launch starts this program on all of them
@@ -1339,36 +1397,8 @@ def check_machines(plan):
     everyone = mx.distributed.all_gather(checksum, group=mx.distributed.init(backend="ring"))
     if mx.any(everyone != checksum):
         raise UserError("the machines differ in input.txt, in their settings, or in their files")
-
-
-def resume_run(model, optimizer, settings):
-    """Restores model and optimizer from CHECKPOINT. Returns the history of that run.
-
-    Raises UserError if the checkpoint is not from this run, or the run is finished.
-    """
-    saved, notes = load(CHECKPOINT)
-    changed = changes(notes.get("settings", {}), settings, except_for=["num_epochs", *SAMPLING])
-    if changed:
-        raise UserError(f"changed since that run: {', '.join(changed)}. Undo it, or start over")
-    history = notes["history"]
-    if len(history) >= num_epochs:
-        raise UserError("that run is finished: raise num_epochs to keep training")
-    check_match(CHECKPOINT, saved, {"model": model.parameters(), "optimizer": optimizer.state})
-    check_machines([settings, history])
-    model.update(saved["model"])
-    optimizer.state = saved["optimizer"]  # a new dict, so call make_step only after this
-    print(f"Resuming after epoch {len(history) - 1}, val = {history[-1]['val']:.4f}")
-    return history
-
-
-def changes(old, new, except_for=()):
-    """The differences between two dicts of settings, in words.
-
-    >>> changes({"lr": 0.01, "seed": 0}, {"lr": 0.001, "seed": 0})
-    ['lr 0.01 to 0.001']
-    """
-    return [f"{name} {old.get(name)} to {new[name]}" for name in new
-            if old.get(name) != new[name] and name not in except_for]
+    if batch_size % len(everyone) != 0:
+        raise UserError(f"{len(everyone)} machines cannot share batch_size = {batch_size} rows")
 
 
 WIDTH = 79  # of a line of output, in characters
@@ -1376,12 +1406,11 @@ WIDTH = 79  # of a line of output, in characters
 
 def introduce(tokenizer, settings):
     """Prints what will be trained, so that you notice a wrong setting or character."""
-    check_machines(settings)
     V = len(tokenizer.vocab)
     print(textwrap.fill(", ".join(f"{name}={value}" for name, value in settings.items()), WIDTH))
     print(f"{V} different tokens: {''.join(tokenizer.vocab[:100])!r}")
     print(f"Uniform guessing: loss = ln {V} = {math.log(V):.4f}")
-    print("Ctrl-C stops the run. --resume goes on after its last whole epoch.")
+    print("After the first epoch, you can stop the run by Ctrl-C, and go on with --resume.")
 
 
 def report(title, train_loss, val_loss, model, tokenizer):
@@ -1406,17 +1435,16 @@ class Progress:
 
     def __init__(self, step, total_steps):
         self.step = step
+        self.first_step = step + 1
         self.total_steps = total_steps
-        self.started = None
         self.in_terminal = hasattr(sys.stdout, "isatty") and sys.stdout.isatty()
 
     def update(self, loss):
         """Counts a step, whose loss is a scalar array. If it is time to print a line, also checks
         the loss, and raises UserError if it is nan or infinite."""
         self.step += 1
-        if self.started is None:
-            check_finite(loss.item())  # waits: the first step is slow, because it compiles
-            self.first_step = self.step
+        if self.step == self.first_step:  # which is slow, because it compiles
+            check_finite(loss.item())
             self.started = self.last_print = time.perf_counter()
         now = time.perf_counter()
         if now - self.last_print < (1 if self.in_terminal else 15):
@@ -1443,11 +1471,11 @@ def check_finite(loss):
                         f"mistake in your last edit")
 
 
-# Files. Each is written in a folder of its own, and moved to its place when it is whole. So neither
-# a run that is stopped while it saves nor two runs at the same time leave a half-written file.
+# Weights are written to a file in a folder of its own, which moves to its place when it is whole.
+# So neither a run that is stopped while it saves nor two runs at the same time leave half a file.
 
 MODEL = "model.safetensors"  # the best weights of this run
-PREVIOUS = "previous.safetensors"  # the best weights of the run before it
+PREVIOUS = "previous.safetensors"  # those of the run before it, finished or not
 CHECKPOINT = "checkpoint.safetensors"  # what --resume needs
 RUN_LOG = "runs.jsonl"  # a line for each finished run
 
@@ -1455,14 +1483,15 @@ RUN_LOG = "runs.jsonl"  # a line for each finished run
 def save_epoch(model, optimizer, tokenizer, settings, history):
     """Saves the model, if it is the best so far, and then the checkpoint.
 
-    The checkpoint comes last: if the run is killed before that, --resume repeats the epoch.
+    The checkpoint comes last: if the run is killed before that, --resume repeats the epoch. (In
+    the first epoch there is nothing to resume yet.)
     """
     if not is_first():
         return
     if len(history) == 1:  # the first epoch of a new run
         Path(CHECKPOINT).unlink(missing_ok=True)
-        if os.path.exists(MODEL):
-            os.replace(MODEL, PREVIOUS)
+        if Path(MODEL).exists():
+            Path(MODEL).replace(PREVIOUS)
     if history[-1]["val"] == min(epoch["val"] for epoch in history):
         save_model(MODEL, model, tokenizer)
     save(CHECKPOINT, {"model": model.parameters(), "optimizer": optimizer.state},
@@ -1547,39 +1576,34 @@ def finish(settings, history):
 
 def last_run(checksum):
     """The last run in RUN_LOG that trained on a text with this checksum, or None."""
-    last = None
-    if os.path.exists(RUN_LOG):
-        for line in Path(RUN_LOG).read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                run = json.loads(line)
-                if run["settings"]["input.txt"] == checksum:
-                    last = run
-            except (ValueError, KeyError, TypeError):  # not a line that finish() wrote
-                pass
-    return last
+    if not Path(RUN_LOG).exists():
+        return None
+    lines = Path(RUN_LOG).read_text(encoding="utf-8", errors="replace").splitlines()
+    for line in reversed(lines):
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # not a line by finish()
+            run = json.loads(line)
+            if run["settings"]["input.txt"] == checksum:
+                return run
+    return None
 
 
 # %% 13. The command line
 
 
-@functools.cache  # makes it once, and returns the same one after that
-def second_stream():
-    """A stream is a queue of operations, and on a CPU each has a core to itself."""
-    return mx.new_thread_local_stream(mx.cpu)
-
-
 def on_two_cores(loss_fn):
     """The same loss function, but with half of the rows of each batch on a second CPU core.
 
-    Both calls only build a graph, as MLX is lazy. When the loss is needed, both cores compute.
+    A stream is a queue of operations, and on a CPU each has its own thread. Both calls below only
+    build a graph, as MLX is lazy. When the loss is needed, both threads compute.
     """
+    second_stream = mx.new_thread_local_stream(mx.cpu)
 
     def two_core_loss(model, x, y):
         half = len(x) // 2
         if 2 * half != len(x):  # the mean of two unequal halves is not the mean of all rows
             return loss_fn(model, x, y)
         first = loss_fn(model, x[:half], y[:half])
-        with mx.stream(second_stream()):
+        with mx.stream(second_stream):
             second = loss_fn(model, x[half:], y[half:])
         return (first + second) / 2
 
@@ -1635,7 +1659,7 @@ def show_saved_model(show, prompt):
         tokenizer.encode(prompt)
     except KeyError as error:
         known = "".join(tokenizer.vocab[:100])
-        raise UserError(f"the model does not know {error}, only {known!r}") from None
+        raise UserError(f"the model does not know {error}. It knows {known!r}") from None
     show(model, tokenizer, prompt)
 
 
