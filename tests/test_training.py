@@ -68,8 +68,7 @@ def toy_loss(model, x, y):
 
 
 def is_decayed(name):
-    """By name and not by shape: the matrices of the blocks."""
-    return name.endswith(("_proj.weight", "c_fc.weight"))
+    return name.startswith("blocks.") and name.endswith(".weight") and ".ln_" not in name
 
 
 def new_step(total_steps):
