@@ -251,7 +251,7 @@ def count_batches(tokens, ctx_len, batch_size):
 # The exponential makes everything positive, and it turns differences of logits into ratios of
 # probabilities: p_i / p_j = exp(s_i - s_j). So adding the same number to all logits changes
 # nothing. Keep this in mind; it will come back.
-
+#
 # Then the text reveals which token really came next. Let p be the probability that the model gave
 # it. The *loss* is -ln p, which is 0 if the model was certain of that token, and grows with its
 # surprise. You will also meet it as the *negative log-likelihood*.
