@@ -1091,8 +1091,9 @@ def make_step(model, optimizer):
     mine = slice(world.rank(), None, world.size())
 
     def step(x, y):
-        # (For gradient accumulation, call loss_and_grad on some rows at a time, and average the
-        # trees of gradients with mlx.utils.tree_map.)
+        # (For gradient accumulation, call loss_and_grad on equal parts of the rows, and average the
+        # trees of gradients by mlx.utils.tree_map. It saves memory only if the parts wait for one
+        # another: see mx.depends.)
         loss, grads = loss_and_grad(model, x[mine], y[mine])
         grads = nn.average_gradients(grads, world)
         # *Gradient clipping*: if the gradient as a whole is longer than max_norm, it is scaled down
@@ -1294,20 +1295,27 @@ def one_line(text):
 # And yet no line of this file says what a word is, or a verse, or a speaker. It follows slopes
 # downhill, and that is what it finds there.
 #
-# What to do now? Change something, and guess what it will do before you run it. A few things to
-# know:
+# What to do now? Change something, and guess what it will do before you run it. The README has
+# tested diffs for today's parts (RMSNorm, rotary positions, SwiGLU, grouped queries, Muon). And a
+# few things are good to know:
 #
 # - init_weight goes by name. In a layer of your own, call matrices and gains `weight` and biases
 #   `bias`. (nn.PReLU then starts with a slope of 1, doing nothing.) And 0.02 is for wide layers: in
 #   a narrow model, a layer that multiplies two outputs, as SwiGLU does, starts nearly dead.
 # - is_decayed goes by name as well, and takes all matrices in `blocks`.
-# - A new size belongs in GPTConfig, last and with a default, so that older files still load.
+# - A new size goes in three places: the settings, GPTConfig (last and with a default, so that older
+#   files still load), and the call of GPTConfig in train(). See whether `parameters` has changed.
 # - For positions as rotations (RoPE), rotate q and k just before the cache. The position of the
-#   first one is cache.offset, or 0 without a cache.
+#   first one is cache.offset, or 0 without a cache. Validation never uses the cache, so a mistake
+#   there spoils only the writing; the doctest of KVCache would tell.
+# - To save in mid-epoch, call save_model with a file name of your own.
+# - With other tokens than characters, the loss is another one as well: it counts per token.
 # - All numbers are float32, good for about seven digits. The bfloat16 of large models has fewer
 #   than three. There, 1 + 0.001 is still 1, so gains that begin at 1 hardly move.
-# - The doctests of forward_pass and count_parameters describe GPT-2. Once your model is another,
-#   they may fail, and rightly.
+# - To try several values, import train in a script of your own, set train.lr and the names of the
+#   files (train.MODEL and so on), and call train.train(), which returns the losses.
+# - Some doctests describe GPT-2 with single characters. Once yours is another model, they may fail,
+#   and rightly.
 #
 # And what to read? Attention and the transformer: Vaswani et al., Attention Is All You Need, 2017.
 # GPT-2: Radford et al., Language Models are Unsupervised Multitask Learners, 2019. Byte-pair
@@ -1478,6 +1486,7 @@ MODEL = "model.safetensors"  # the best weights of this run
 PREVIOUS = "previous.safetensors"  # those of the run before it, finished or not
 CHECKPOINT = "checkpoint.safetensors"  # what --resume needs
 RUN_LOG = "runs.jsonl"  # a line for each finished run
+COMPLETIONS = "completions.txt"  # the text written at the end of a run
 
 
 def save_epoch(model, optimizer, tokenizer, settings, history):
@@ -1566,7 +1575,7 @@ def finish(settings, history):
         log.write(json.dumps(run) + "\n")
 
     text = type_out(*load_model(), "")
-    Path("completions.txt").write_text(text, encoding="utf-8", newline="\n")
+    Path(COMPLETIONS).write_text(text, encoding="utf-8", newline="\n")
     print(f"\nThe best weights, in {MODEL}, have a validation loss of {best:.4f}. "
           f"Trained in {minutes:.1f} minutes ({device}, MLX {mx.__version__})")
     if last is not None:
