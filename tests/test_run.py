@@ -182,8 +182,7 @@ import argparse, contextlib, dataclasses, functools, json, math, os, pathlib, sh
 import textwrap, time, zlib
 import mlx.core as mx, mlx.nn, mlx.optimizers, mlx.utils, numpy
 done = []
-for name in ("new_stream", "new_thread_local_stream"):
-    setattr(mx, name, lambda *_: done.append("a stream"))
+mx.new_stream = lambda *_: done.append("a stream")  # which would start a thread
 sys.addaudithook(lambda event, arguments: done.append(arguments[0]) if event == "open" else 0)
 import train
 done = [path for path in done if not str(path).endswith((".py", ".pyc"))]
