@@ -50,7 +50,6 @@ def test_no_terminal_at_all(folder, command, monkeypatch, stdout):
 def test_progress_takes_one_row_of_a_terminal(folder, command, clock, monkeypatch, width):
     terminal = io.StringIO()
     terminal.isatty = lambda: True
-    clock.seconds = 1
     monkeypatch.setattr(sys, "stdout", terminal)
     monkeypatch.setenv("COLUMNS", str(width))
     assert command()[1] == 0
