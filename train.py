@@ -194,9 +194,9 @@ class CharTokenizer:
 # In an index, a colon takes everything along an axis: a[:, 0] is the first column.
 #
 # A whole pass over the training set is an *epoch*. If every epoch cut the text into rows at the
-# same places, then what stands just before a cut would never help to predict what stands just after
-# it. So each epoch begins at a random one of the first T tokens, and takes the rows in random
-# order.
+# same places, then the first characters of a row would never be seen with those before them, which
+# are in another row. So each epoch begins at a random one of the first T tokens, and takes the rows
+# in random order.
 #
 # NumPy (np) cuts the text, and MLX (mx) does the computing.
 
@@ -270,9 +270,9 @@ def count_batches(tokens, ctx_len, batch_size):
 # *n-gram model*, which has no neurons at all. It counts, in the training set, which characters
 # followed each string of n - 1 characters. If "th" was followed by "e" 60 times out of 100, then
 # "e" gets about 0.6 after "th". Although this is hard to beat, it has a hole: a character that was
-# never seen there would get p = 0 and an infinite loss. So smoothing takes a little from what was
-# seen and shares it out as a shorter string predicts (ours is modified Kneser-Ney). On the shipped
-# text:
+# never seen there would get p = 0 and an infinite loss. So smoothing takes a little probability
+# from the characters that were seen, and gives it to the others, as a shorter string predicts them.
+# (There are many ways to do this; ours is modified Kneser-Ney.) On the shipped text:
 #
 #     n        1       2       3       4       5       6       7
 #     loss     3.24    2.36    1.83    1.51    1.38    1.34    1.33
@@ -333,16 +333,17 @@ def toy_loss(w):
 #     p          0.5      0.622    0.680    0.710    ...   0.75
 #     loss       0.6931   0.5991   0.5740   0.5664   ...   0.5623
 #
-# Look where w settles: where p is 3/4, which is exactly how often an "a" comes up. Nobody told the
-# model to count letters. It counted them because that is what makes the loss small. Yet the loss
-# does not reach 0, because the next letter is partly chance, as it is in English. And if we are
-# impatient? With a learning rate of 20, the first step overshoots to w = 5, where the loss is 1.26,
-# worse than at the start.
+# Look where w settles: where p is 3/4, which is exactly how often an "a" comes up. (The slope turns
+# out to be p - 3/4, so there it is 0, and nothing moves w any further.) Nobody told the model to
+# count letters. It counted them because that is what makes the loss small. Yet the loss does not
+# reach 0, because the next letter is partly chance, as it is in English. And if we are impatient?
+# With a learning rate of 20, the first step overshoots to w = 5, where the loss is 1.26, worse than
+# at the start.
 #
 # A real model has a great many parameters, and a slope, or partial derivative, for each. All of
 # them together, in one long vector, are the *gradient*. If we nudged one parameter at a time, a
 # single step of the default model would need some 600,000 runs. *Backpropagation* gets the whole
-# gradient for the price of about three. It rests on the *chain rule*: if one number depends on
+# gradient for the price of about three runs. It rests on the *chain rule*: if one number depends on
 # another, and that on a third, the slopes multiply.
 #
 #         slope 3       slope -2
@@ -367,8 +368,8 @@ def toy_loss(w):
 #       |   ... n_layers of these, each working on the result of the one before
 #       v
 #     block                                     (B, T, n_emb)
-#       |   one more table turns each vector
-#       |   into a score for each token         (B, T, V)          section 8
+#       |   the table of tokens, once more,
+#       |   turns each vector into logits       (B, T, V)          section 8
 #       v
 #     logits
 #
@@ -487,7 +488,9 @@ def attention_weights(q, k):
 
     The first position can only attend to itself. The query of the second, (3, 0), agrees with the
     first key. (It agrees with the third just as well, but that one is in the future.) The third
-    attends to the second and to itself. Now everyone collects values in these proportions:
+    attends to the second and to itself. Now everyone collects values in these proportions, which
+    is a matrix product once more: in each row, the weights times the values they belong to, added
+    up.
 
     >>> v = mx.array([[10.0, 0.0], [0.0, 10.0], [5.0, 5.0]])
     >>> print(np.array(weights @ v).round(1))
@@ -568,8 +571,9 @@ class MultiHeadAttention(nn.Module):
         """(B, T, n_emb) to (B, n_heads, T, head_size).
 
         The reshape cuts each vector into pieces, one for each head. The transpose then sorts them
-        by head. Leave it out, and you get the right shape with the wrong numbers in it. Here are
-        four positions with two numbers each, for two heads of size 1. Each printed row is a head.
+        by head. Why not reshape to the final shape at once? Because the shape would be right, and
+        the numbers in it wrong. Here are four positions with two numbers each, for two heads of
+        size 1. Each printed row is a head.
 
         >>> x = np.arange(8).reshape(4, 2)  # the positions have (0, 1), (2, 3), (4, 5), (6, 7)
         >>> print(x.reshape(4, 2, 1).transpose(1, 0, 2)[:, :, 0])  # right: a part of each position
@@ -666,8 +670,9 @@ class MLP(nn.Module):
 #     divided by the root of 14/3        -0.93    -0.46     1.39        14/3 = (4 + 1 + 9) / 3
 #
 # Then it multiplies each number by a *gain* and adds a bias, both of them learned, in case that was
-# too much of a good thing. GPT-2 puts its LayerNorms at the start of each side branch (pre-norm).
-# The original transformer had them on the stream itself, and was harder to train.
+# too much of a good thing. (nn.RMSNorm, which today's models prefer, leaves out the mean and the
+# bias.) GPT-2 puts its LayerNorms at the start of each side branch (pre-norm). The original
+# transformer had them on the stream itself, and was harder to train.
 
 
 class Block(nn.Module):
@@ -710,12 +715,13 @@ class Block(nn.Module):
 #
 # How should the parameters begin? If all were equal, all numbers that a layer computes would be
 # equal, would get equal gradients, and would stay equal forever, many numbers doing the work of
-# one. The matrices therefore begin random, and small, so that at first hardly any token is
-# preferred. That gives us a test: the first loss must lie close to ln vocab_size. It will lie a
-# little above, because any preference without a reason costs more than it gains. The untrained
-# model does have one. As input and output share a table, each vector resembles its own token, so
-# the model expects every letter to come twice. Apart from that, it is an honest beginner, who knows
-# nothing and says so.
+# one. The matrices therefore begin random. (Biases can begin at 0 and gains at 1, since random
+# matrices around them keep things different.) And they begin small. As the rows of wte are small,
+# so are all logits, and at first hardly any token is preferred. That gives us a test: the first
+# loss must lie close to ln vocab_size. It will lie a little above, because a preference without a
+# reason loses more on some tokens than it gains on others. The untrained model does have one. As
+# input and output share a table, each vector resembles its own token, so the model expects every
+# letter to come twice. Apart from that, it is an honest beginner, who knows nothing and says so.
 
 
 class GPT(nn.Module):
@@ -748,7 +754,8 @@ class GPT(nn.Module):
         if weight.ndim == 1:  # the gains of LayerNorm
             return mx.ones_like(weight)
         # GPT-2's standard deviation. With its 768 numbers coming in, of size 1, those that go out
-        # have size 0.02 * sqrt(768) = 0.55. (OpenAI's code has 0.01 for wpe.)
+        # have size 0.02 * sqrt(768) = 0.55. In our narrower models they begin smaller, and grow.
+        # (OpenAI's code has 0.01 for wpe.)
         std = 0.02
         if name.endswith("c_proj.weight"):
             # Each block adds the outputs of two c_proj layers to the residual stream. A sum of N
@@ -851,7 +858,7 @@ def sees_the_future(model):
     before = model(tokens)  # (1, ctx_len, vocab_size)
     tokens[:, -1] = model.config.vocab_size - 1  # another last token
     change = mx.abs(model(tokens) - before)  # (1, ctx_len, vocab_size)
-    return mx.any(change[:, :-1] > 0).item()
+    return mx.any(change[:, :-1] > 0).item()  # no rounding: the same numbers give the same result
 
 
 # %% 9. Generating text
@@ -898,9 +905,10 @@ def sample(logits, temperature=1.0, top_k=None):
 # the model again, and yet nothing has changed in the old positions. They cannot see the new
 # character (that is what the mask is for), so in every block their keys and values are what they
 # were a moment ago. We keep them in a *KV cache* (key/value cache), and run only the new token
-# through the model. Its query meets the stored keys, so now there are T = 1 queries and S keys. Why
-# are queries not kept as well? Because nobody will ask them again: a query is only ever used at its
-# own position, to predict the token after it, and that token is there already.
+# through the model. Its query meets the stored keys, so now there are T = 1 queries and S keys, and
+# the causal mask has a single row, which hides nothing. Why are queries not kept as well? Because
+# nobody will ask them again: a query is only ever used at its own position, to predict the token
+# after it, and that token is there already.
 #
 #     what goes through the model     without a cache     with a cache
 #     first, the prompt "To be"       T o _ b e           T o _ b e
@@ -1000,8 +1008,9 @@ def type_out(model, tokenizer, prompt):
 # parameters: the slope of one is 0.001 in every batch, that of the other flips between 10 and -10.
 # Surely the first should go ahead, since all batches agree about it, and the second should stay
 # where it is. Slope times any one learning rate would do the opposite. *Adam* does what we want.
-# For each parameter it keeps two moving averages, m of its slope g, and v of the square of g. (We
-# leave out a tiny constant that keeps it from dividing by 0.)
+# For each parameter it keeps two moving averages, which both begin at 0: m of its slope g, over
+# some 10 steps, and v of the square of g, over some 100. (We leave out a tiny constant that keeps
+# it from dividing by 0.)
 #
 #     m = beta1 * m + (1 - beta1) * g
 #     v = beta2 * v + (1 - beta2) * g * g
@@ -1010,8 +1019,8 @@ def type_out(model, tokenizer, prompt):
 # As sqrt(v) is the typical size of g, dividing by it cancels the size. If g is the same in each
 # step, be it 0.001 or 10, then m / sqrt(v) is 1, and w moves by the full lr. If g alternates
 # between 10 and -10, the terms of m mostly cancel while sqrt(v) stays 10, and the ratio is only
-# 0.05. With random signs it is typically 0.23. In short, where the batches agree, w goes ahead, and
-# where they quarrel, it stays put.
+# 0.05. With random signs it is typically 0.23, as you can try in a few lines of Python. In short,
+# where the batches agree, w goes ahead, and where they quarrel, it stays put.
 #
 # By *weight decay*, AdamW (Adam with decoupled weight decay) also shrinks w in each step, by lr *
 # weight_decay * w. A weight then stays large only if its gradient keeps insisting. With large
@@ -1033,8 +1042,8 @@ def make_optimizer(total_steps):
     run of few steps, the two lines meet below lr.)
     """
 
-    # AdamW calls this in each step, with the step as an unsigned mx.array (so that step - 100 would
-    # wrap around below 0), and expects an mx.array. To fall along half a cosine wave instead:
+    # AdamW calls this in each step, with the step as an unsigned mx.array (beware of step - 100,
+    # which would wrap around below 0), and expects an mx.array. For half a cosine wave instead:
     #     fall = (1 + mx.cos(math.pi * step / total_steps)) / 2
     # For a constant rate after the warmup: return lr * mx.minimum(rise, 1)
     def learning_rate(step):
@@ -1073,10 +1082,10 @@ def make_optimizer(total_steps):
 #
 #     print("hello")                 prints only while MLX records
 #     print(loss.item())             fails: while MLX records, there is no value yet
-#     max_norm, changed later        keeps its old value
+#     max_norm or lr, set later      keep their old values
 #     dropout                        stays on if it was on in the first call
 #     parameters, m, v, step count   do change: they are in the list `state` below
-#     learning rate, randomness      do change, for the same reason
+#     schedule, random numbers       do change, for the same reason
 #
 # While you experiment inside step, write `return step` in the last line, and it is plain Python
 # again. If it fails while MLX records, the parameters may no longer hold numbers: restart Python.
@@ -1091,9 +1100,9 @@ def make_step(model, optimizer):
     mine = slice(world.rank(), None, world.size())
 
     def step(x, y):
-        # (For gradient accumulation, call loss_and_grad on equal parts of the rows, and average the
-        # trees of gradients by mlx.utils.tree_map. It saves memory only if the parts wait for one
-        # another: see mx.depends.)
+        # (For gradient accumulation, call loss_and_grad on equal parts of the rows, and add up two
+        # trees of gradients by tree_map(mx.add, a, b). It saves memory only if each part waits for
+        # the one before: part = mx.depends([part], [an array of the gradients so far])[0].)
         loss, grads = loss_and_grad(model, x[mine], y[mine])
         grads = nn.average_gradients(grads, world)
         # *Gradient clipping*: if the gradient as a whole is longer than max_norm, it is scaled down
@@ -1126,7 +1135,9 @@ def evaluate(model, tokens):
     return total / count
 
 
-# Everything is in place. Here is what a run of the small model prints, without the progress lines:
+# Everything is in place. Here is what a run of the small model prints, without the progress lines.
+# Under each line of losses is what it writes at that time, and once, after 500 steps, such a line
+# comes alone.
 #
 #     Untrained | train = 4.1989 | val = 4.2001 | perplexity 66.7
 #               uQv$?Mz &zsLMx3led,qOyxSH'⏎WUkApi:ikizTyBrFNW'.kJXXZbQviZicmMrM'bzxII
@@ -1138,11 +1149,11 @@ def evaluate(model, tokens):
 #     Epoch 2 | train = 1.5241 | val = 1.5339 | perplexity 4.64
 #               word not call to spamer, and he sleam, swith a strace keep the Ling.⏎
 #
-# Watch it learn. The first loss lies where it must, a little above 4.17. After 500 steps, which
-# printed the first line that is not noise, it has found out about spaces, vowels, and the length of
-# words. After one epoch it has beaten n = 3, and knows that in a play people in capitals speak
-# after a colon. In the end it is close to n = 4. (The two sets are from different plays, so *train*
-# may start above *val*.) Nobody has told it any of this. All it ever got was the next character.
+# Watch it learn. The first loss lies where it must, a little above 4.17. After 500 steps it has
+# found out about spaces, vowels, and the length of words. After one epoch it has beaten n = 3, and
+# knows that in a play people in capitals speak after a colon. In the end it is close to n = 4. (The
+# two sets are from different plays, so train may well be above val.) Nobody has told it any of
+# this. All it ever got was the next character.
 #
 # And this is the run itself, from the file to the finished model. What you have not met yet has a
 # name that says what it does, and follows in section 12, in the same order.
@@ -1251,7 +1262,7 @@ def look(model, tokenizer, prompt):
         recorded.append(weights)
         return weights
 
-    model.eval()  # Now dropout does nothing. So we can put something else in its place.
+    model.eval()  # Dropout now does nothing, so we can put something else in its place.
     for block in model.blocks:
         block.mha.attn_dropout = record
     logits = model(mx.array([tokens]))[0]  # (T, vocab_size)
@@ -1289,11 +1300,11 @@ def one_line(text):
 
 
 # This is where the lesson ends. Look back to the first page: GPT-2 guesses what comes next, and
-# that is all it can do. You have now seen every part of it, and nothing was hidden. Make it a
-# hundred times as wide and thirty times as deep, feed it the internet, and you have GPT-3. Today's
-# chatbots add better parts, six of which are in the README, and further training on conversations.
-# And yet no line of this file says what a word is, or a verse, or a speaker. It follows slopes
-# downhill, and that is what it finds there.
+# that is all it can do. You have now seen every part of it, and nothing was hidden. Make our
+# default model a hundred times as wide and thirty times as deep, feed it the internet, and you have
+# GPT-3. Today's chatbots add better parts, six of which are in the README, and further training on
+# conversations. And yet no line of this file says what a word is, or a verse, or a speaker. It
+# follows slopes downhill, and that is what it finds there.
 #
 # What to do now? Change something, and guess what it will do before you run it. The README has
 # tested diffs for today's parts (RMSNorm, rotary positions, SwiGLU, grouped queries, Muon). And a
