@@ -238,6 +238,8 @@ def test_a_setting_of_the_readers_own(folder):
     assert "MINE" not in run_log(folder)[0]["settings"]
     folder.edit(marked.replace("my_idea = 5", "my_idea = 7"))
     assert re.search(r"my_idea 5 to 7", folder.run("--resume").stderr)
+    folder.edit()
+    assert re.search(r"my_idea 5 to None", folder.run("--resume").stderr)
 
 
 def test_tokens_longer_than_a_character(folder, command, monkeypatch):
