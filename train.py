@@ -6,9 +6,9 @@
     python train.py --resume            go on with an interrupted run
 
 Show GPT-2 the beginning of a text, and it guesses what comes next. That is all it can do. But add
-the guess to the text and let it guess again, and again, and it writes. (GPT is short for generative
-pre-trained transformer.) Ours guesses one character at a time. On a computer without a GPU we train
-a small model. Given nothing but a newline, it writes:
+the guess to the text and let it guess again, and again, and it writes. Ours guesses one character
+at a time. On a computer without a GPU we train a small model. Given nothing but a newline, it
+writes:
 
     untrained            uQv$?Mz &zsLMx3led,qOyxSH'⏎WUkApi:ikizTyBrFNW'.kJXXZbQviZicmMrM
     after ten seconds    an dhe sand lith mulup, che ke o donow mup ik bre the ka  there!
@@ -17,8 +17,9 @@ a small model. Given nothing but a newline, it writes:
 Two minutes ago it could not tell a vowel from a dollar sign. A Mac's GPU gets a larger model, which
 takes longer, learns to spell, and even keeps to a verse now and then.
 
-What happens in between is no magic, and the whole of it is in this file. GPT-2 is a *transformer*,
-one kind of *neural network*: a function with a great many adjustable numbers. They start out
+What happens in between is no magic, and the whole of it is in this file. GPT stands for generative
+pre-trained transformer. A *transformer* is one kind of *neural network*, that is, a function with a
+great many adjustable numbers. They start out
 random, and so does its writing. We will build this function piece by piece, have it guess at a real
 text, and each time it has guessed, nudge every number in the direction that would have made the
 guess better. Our library is MLX, Apple's own. It works much like NumPy, with two differences that
@@ -30,12 +31,12 @@ all at once.
      3. Tokenizer     7. MLP and block         11. Looking inside
      4. Batches       8. GPT                   12. The parts of a run
 
-Sections 1 to 11 are the lesson, which takes an hour or two and needs no more than some Python.
-Start a run, and read from the top while it works. Then change something, run it again, and compare
-the validation loss, which says how badly the model predicts text that it has never seen. Rolling
-dice gets 4.17. On the shipped text, the small model gets 1.53, and the default model @DEF@. Try
-`n_heads = 1` first, or your own text in input.txt. The README has more experiments, and the steps
-that lead from GPT-2 to the models of today.
+Sections 1 to 11 are the lesson. It takes an afternoon, and needs no more than some Python. Start a
+run, and read from the top while it works. Then change something, run it again, and compare the
+validation loss, which says how badly the model predicts text that it has never seen. Pure guessing
+gets 4.17, and lower is better. On the shipped text, the small model gets 1.53, and the default
+model @DEF@. Try `n_heads = 1` first, or your own text in input.txt. The README has more experiments,
+and the steps that lead from GPT-2 to the models of today.
 
 The examples behind >>> are tests. To run them: python -m doctest train.py
 """
@@ -101,8 +102,8 @@ temperature = 0.8  # 0: always the most likely character; 1: unchanged; above 1:
 top_k = 40  # choose among the k most likely characters; try 5, or 1000 for all of them
 
 # Their names, to be printed, logged, and compared with those of earlier runs. A setting that you
-# add above is in this list by itself, if its name begins with a lower-case letter and its value is
-# a number, a switch (True or False), or a string.
+# add above joins this list automatically, if its name begins with a lower-case letter and its value
+# is a number, a switch (True or False), or a string.
 SETTINGS = [name for name, value in globals().items()
             if isinstance(value, (int, float, str)) and name[0].islower()]
 
@@ -138,8 +139,10 @@ def split(text):
 # calls this number the token.
 #
 # GPT-2's own vocabulary, found by *byte-pair encoding*, has 50,257 tokens, from single bytes to
-# whole words. The same text needs fewer of them, but ours is too small to learn so many. Characters
-# are simpler, and the model cannot tell the difference, since all it ever sees is numbers.
+# whole words. With them, a text is far fewer tokens long: "What is the court" is four of them,
+# where we have 17. But to learn what each of 50,257 tokens means takes more text than we have.
+# Characters are simpler, and the model cannot tell the difference, since all it ever sees is
+# numbers.
 
 
 def build_vocab(text):
@@ -269,10 +272,10 @@ def count_batches(tokens, ctx_len, batch_size):
 # And what is a good loss? Rolling a die with 65 sides gets ln 65 = 4.17. The classic rival is an
 # *n-gram model*, which has no neurons at all. It counts, in the training set, which characters
 # followed each string of n - 1 characters. If "th" was followed by "e" 60 times out of 100, then
-# "e" gets about 0.6 after "th". Although this is hard to beat, it has a hole: a character that was
-# never seen there would get p = 0 and an infinite loss. So smoothing takes a little probability
-# from the characters that were seen, and gives it to the others, as a shorter string predicts them.
-# (There are many ways to do this; ours is modified Kneser-Ney.) On the shipped text:
+# "e" gets about 0.6 after "th". This is hard to beat, but it has a hole. A character that was never
+# seen there would get p = 0 and an infinite loss. So smoothing takes a little probability from the
+# characters that were seen, and gives it to the others in the proportions that a shorter string
+# suggests. (There are many ways to do this; ours is modified Kneser-Ney.) On the shipped text:
 #
 #     n        1       2       3       4       5       6       7
 #     loss     3.24    2.36    1.83    1.51    1.38    1.34    1.33
@@ -311,8 +314,8 @@ def toy_loss(w):
     >>> print(f"{slope(mx.array(0.0)).item():.3f}")
     -0.250
 
-    *Gradient descent* moves w against the slope, and then again from there. How far is our choice,
-    the *learning rate*, here 2.
+    *Gradient descent* moves w against the slope, finds the slope at the new place, and moves again.
+    Each move is the slope times a number of our choice, the *learning rate*, here 2.
 
     >>> w = mx.array(0.0)
     >>> for step in range(4):
@@ -350,11 +353,12 @@ def toy_loss(w):
 #     w ----------> z ----------> loss          slope of the loss with respect to w: 3 * -2 = -6
 #
 # If z grows 3 times as fast as w, and the loss falls 2 times as fast as z grows, then the loss
-# falls 6 times as fast as w grows. Every operation knows its own slope (that of x * x is 2 * x). So
-# the program runs the model once to find the loss (the *forward pass*), and then walks back from
-# the loss, multiplying slopes as it goes (the *backward pass*). The trick is that the -2 is found
-# once, and serves every parameter that z depends on. Where a number is used in several places, its
-# slopes add up: 3 * w + 2 * w has slope 5.
+# falls 6 times as fast as w grows. Because every operation knows its own slope (that of x * x is 2
+# * x), the program can run the model once to find the loss, which is the *forward pass*, and then
+# walk back from the loss, multiplying slopes as it goes, which is the *backward pass*. If this
+# looks too simple to be the whole secret, look again at the -2. It is found once, and serves every
+# parameter that z depends on. Where a number is used in several places, its slopes add up: 3 * w +
+# 2 * w has slope 5.
 
 # %% 6. Attention
 #
@@ -405,15 +409,16 @@ class GPTConfig:
 #
 # The zeros in the upper right corner are there for a reason. The position to the right holds the
 # very answer that we ask for. A model that saw it would learn to copy and nothing else, but when it
-# has to write, there is nothing to its right to copy. This is what softmax is doing here. It turns
-# equal numbers into equal weights, and -inf into a weight of exactly 0, because exp(-inf) = 0. The
-# places that get -inf form the *causal mask*:
+# has to write, there is nothing to its right to copy. Now the right half of the table makes sense.
+# Softmax turns equal numbers into equal weights, and -inf into exactly 0, because exp(-inf) = 0.
+# The places that get -inf form the *causal mask*:
 
 
 def causal_mask(T, S):
     """(T, S) booleans: whether position j comes after position i, and must be hidden from it.
 
-    Until section 9, T = S. There, the T rows belong to the last T of S positions.
+    T positions ask, and S positions answer. Until section 9 they are the same ones, so T = S.
+    There, the T that ask are the last of the S.
 
     >>> print(np.array(causal_mask(3, 3)))
     [[False  True  True]
@@ -426,9 +431,9 @@ def causal_mask(T, S):
 
 
 # An average treats all alike, so for "u" the "W" far away would count as much as the "o" next to
-# it. We want each position to choose whom it listens to. So we replace the zeros by *scores*. If
-# position i gives position j a high score, softmax gives j much of the weight, and i *attends to*
-# j.
+# it. We want each position to choose whom it listens to. So in place of the zeros inside
+# softmax(...), we put *scores*. If position i gives position j a high score, softmax gives j much
+# of the weight, and i *attends to* j.
 #
 # What should the score be? Something that can be computed from the two vectors, and that learning
 # can shape. A simple measure of how well two vectors agree is their *dot product*: multiply entry
@@ -469,8 +474,7 @@ def attention_weights(q, k):
 
     q is (..., T, head_size), k is (..., S, head_size), and the result is (..., T, S), with a row
     for each query and a column for each key. The dots stand for any axes before these. Elsewhere,
-    head_size is called d_k. With the values this is *scaled dot-product attention*, weights @ v
-    (Vaswani et al., 2017, equation 1).
+    head_size is called d_k. With the values, weights @ v, this is *scaled dot-product attention*.
 
     Here are three positions, whose queries and keys have two numbers each:
 
@@ -508,12 +512,11 @@ def attention_weights(q, k):
 # One line needs defending. Why divide by sqrt(head_size)? The more numbers a query and a key have,
 # the larger their dot product tends to be, and large scores bring learning to a halt.
 #
-# Suppose that the numbers in both are random, with mean 0 and typical size 1. (In ours they start
-# smaller, and grow.) Then so are their products. A score adds up head_size of these, as often
-# negative as positive, so they mostly cancel, but not quite: what is left is typically
-# sqrt(head_size) in size. (For random numbers it is the squares that add up. The mean square is the
-# variance, and its root, the standard deviation, is what we call typical size.) Now watch what this
-# does to softmax, if one score is that large and another is 0:
+# Suppose that all of them are random, with mean 0 and variance 1. (The variance is the mean of
+# their squares, and its root is their typical size.) Then each product has variance 1 as well, and
+# because variances of independent numbers add up, the sum of head_size products has variance
+# head_size. Its typical size is the root of that, sqrt(head_size). Now watch what this does to
+# softmax, if one score is that large and another is 0:
 #
 #     head_size              1        8        32       128
 #     sqrt(head_size)        1        2.83     5.66     11.31
@@ -546,8 +549,9 @@ class MultiHeadAttention(nn.Module):
 
         (B, n_heads, T, head_size) @ (B, n_heads, head_size, T) = (B, n_heads, T, T)
 
-    MLX offers all this as one fast function, mx.fast.scaled_dot_product_attention. But it has no
-    dropout and keeps the weights to itself, and they are what we came to see.
+    MLX offers scores, mask, softmax, and average as one fast function,
+    mx.fast.scaled_dot_product_attention. But it has no dropout and keeps the weights to itself, and
+    they are what we came to see.
     """
 
     def __init__(self, config):
@@ -614,11 +618,12 @@ class MultiHeadAttention(nn.Module):
 # each position by itself, and is two linear layers with a hidden layer of 4 * n_emb numbers between
 # them.
 #
-# A linear layer can only add up evidence, so it cannot say "only if". Nor could two of them alone,
-# because (x @ M) @ N is x @ (M @ N), and M @ N is just another matrix. A *nonlinearity* (or
-# activation function) must go in between, some function whose graph is not a straight line. The
-# simplest is *ReLU*, max(0, x). GPT-2 uses *GELU*, much the same with the corner rounded off: x
-# times the probability that a random number from the bell curve (mean 0, variance 1) is below x.
+# A linear layer can only add up evidence. It cannot say "a c counts only if a space comes before
+# it". Nor could two of them alone, because (x @ M) @ N is x @ (M @ N), and M @ N is just another
+# matrix. A *nonlinearity* (or activation function) must go in between, some function whose graph is
+# not a straight line. The simplest is *ReLU*, max(0, x). GPT-2 uses *GELU*, much the same with the
+# corner rounded off: x times the probability that a random number from the bell curve (mean 0,
+# variance 1) is below x.
 #
 #     x           -3       -0.75    0        1        3
 #     gelu(x)     -0.004   -0.170   0        0.841    2.996
@@ -660,10 +665,10 @@ class MLP(nn.Module):
 # slope 1 + f'(x). Thanks to the 1, part of the gradient passes every layer as if the layer were not
 # there.
 #
-# There is a price. As layer after layer adds to it, the stream grows, and scores computed from it
-# would grow until softmax saturated. So each layer first passes its input through a *LayerNorm*. It
-# shifts and scales each vector to mean 0 and variance 1 (but for a tiny constant, which keeps it
-# from dividing by 0):
+# But what keeps the stream from growing without end, as layer after layer adds to it, and the
+# scores from growing with it until softmax saturates? Nothing does. Instead, each layer first
+# passes what it reads from the stream through a *LayerNorm*. It shifts and scales each vector to
+# mean 0 and variance 1 (but for a tiny constant, which keeps it from dividing by 0):
 #
 #     x                                   1        2        6
 #     minus the mean, 3                  -2       -1        3
@@ -702,26 +707,27 @@ class Block(nn.Module):
 # But the vector must say where the character stands as well. A weighted average knows no order: in
 # the first attention layer, the "a" of "tea" and the "a" of "eta" would get the same average, over
 # an e, a t, and an a. So there is a second table, the *position embedding* wpe, with a row for each
-# position, and the two rows are added. (Added, not put side by side? With so many numbers in a
-# vector, the model finds room for both.) This is why it cannot see more than ctx_len characters:
-# wpe has no more rows.
+# position, and the two rows are added. Why add them, rather than put them side by side? Because
+# vectors this long have room for both. This is why it cannot see more than ctx_len characters: wpe
+# has no more rows.
 #
 # At the other end, after the blocks and one last LayerNorm, ln_f, stands the *output head*, which
 # has nothing to do with attention heads. The logit of a token is the dot product of the vector with
 # that token's row of wte. So after "What is the cou", the model predicts "n" by making the vector
 # of the "u" resemble the row of "n". Using the same table at both ends is called *weight tying*; it
-# saves parameters and works well. If you train on a text of your own, both its vocabulary and this
-# table will be different, so a model knows only the characters it was made for.
+# saves parameters and works well. The table has a row for each character of the training text, and
+# no others, so a model cannot read a prompt with a character that it never met.
 #
 # How should the parameters begin? If all were equal, all numbers that a layer computes would be
 # equal, would get equal gradients, and would stay equal forever, many numbers doing the work of
 # one. The matrices therefore begin random. (Biases can begin at 0 and gains at 1, since random
 # matrices around them keep things different.) And they begin small. As the rows of wte are small,
 # so are all logits, and at first hardly any token is preferred. That gives us a test: the first
-# loss must lie close to ln vocab_size. It will lie a little above, because a preference without a
-# reason loses more on some tokens than it gains on others. The untrained model does have one. As
-# input and output share a table, each vector resembles its own token, so the model expects every
-# letter to come twice. Apart from that, it is an honest beginner, who knows nothing and says so.
+# loss must lie close to ln vocab_size. It will lie a little above, because the logits are not quite
+# equal: each token is preferred or slighted a little, for no reason, and that costs more than it
+# gains. (As input and output share a table, each letter also thinks its own repetition twice as
+# likely as it should be. That costs nothing, since letters do repeat.) An honest beginner knows
+# nothing, and says so.
 
 
 class GPT(nn.Module):
@@ -753,9 +759,9 @@ class GPT(nn.Module):
                              f"one, or, if it is a constant, begin its name with _")
         if weight.ndim == 1:  # the gains of LayerNorm
             return mx.ones_like(weight)
-        # GPT-2's standard deviation. With its 768 numbers coming in, of size 1, those that go out
-        # have size 0.02 * sqrt(768) = 0.55. In our narrower models they begin smaller, and grow.
-        # (OpenAI's code has 0.01 for wpe.)
+        # GPT-2's standard deviation. There, a layer that receives 768 numbers of size 1 gives out
+        # numbers of size 0.02 * sqrt(768) = 0.55. In our narrower models they begin smaller, and
+        # grow. (OpenAI's code has 0.01 for wpe.)
         std = 0.02
         if name.endswith("c_proj.weight"):
             # Each block adds the outputs of two c_proj layers to the residual stream. A sum of N
@@ -841,7 +847,7 @@ def count_parameters(model):
 # wonderful? Forget the mask, or one transpose, and positions see the answers. The model is quick to
 # find out, and reports a loss that no honest one could reach. This function notices, and train()
 # will call it with each report. (It cannot notice targets that are shifted the wrong way. The model
-# then need only copy what it has, and the loss falls to @COPY@.)
+# then has only to copy, and the loss falls to @COPY@.)
 
 
 def sees_the_future(model):
@@ -873,10 +879,11 @@ def sees_the_future(model):
 #
 # What should sample() do? The obvious choice is to take the most likely token each time, which is
 # called *greedy decoding*. Try it: set temperature to 0, and use --sample. The text soon runs in
-# circles, because once it has written a phrase, the same phrase is the likeliest continuation. So
-# we roll dice, loaded with the model's probabilities. The *temperature* decides how much they are
-# loaded. The logits are divided by it, which raises the ratio of any two probabilities to the power
-# 1 / temperature. At 0.5, for instance, a ratio of 2 : 1 becomes 4 : 1.
+# circles, because once it comes back to words that it has written before, it makes the same choices
+# again, and comes back once more. So we roll dice, loaded with the model's probabilities. The
+# *temperature* decides how much they are loaded. The logits are divided by it, which raises the
+# ratio of any two probabilities to the power 1 / temperature. At 0.5, for instance, a ratio of 2 :
+# 1 becomes 4 : 1.
 #
 #     logits             2      1      0
 #     temperature 0.5    0.87   0.12   0.02
@@ -911,8 +918,8 @@ def sample(logits, temperature=1.0, top_k=None):
 # after it, and that token is there already.
 #
 #     what goes through the model     without a cache     with a cache
-#     first, the prompt "To be"       T o _ b e           T o _ b e
-#     then the new character ","      T o _ b e ,         ,
+#     first, the prompt "the cou"     t h e _ c o u       t h e _ c o u
+#     then the new character "n"      t h e _ c o u n     n
 
 
 class KVCache:
@@ -998,8 +1005,8 @@ def type_out(model, tokenizer, prompt):
 
 # %% 10. Training
 #
-# Everything is ready, except that the model knows nothing. A training step takes a batch, finds the
-# gradient of its loss, and moves every parameter a little. The gradient is the mean over all
+# The model is built, it can even write, and it knows nothing. A training step takes a batch, finds
+# the gradient of its loss, and moves every parameter a little. The gradient is the mean over all
 # questions in the batch, so what would help with one of them alone mostly cancels out, and what
 # helps with many remains. Because the batches are drawn at random, this is called *stochastic*
 # gradient descent.
@@ -1022,7 +1029,7 @@ def type_out(model, tokenizer, prompt):
 # 0.05. With random signs it is typically 0.23, as you can try in a few lines of Python. In short,
 # where the batches agree, w goes ahead, and where they quarrel, it stays put.
 #
-# By *weight decay*, AdamW (Adam with decoupled weight decay) also shrinks w in each step, by lr *
+# AdamW has *weight decay* besides: in each step, it also shrinks w by a small part of itself, lr *
 # weight_decay * w. A weight then stays large only if its gradient keeps insisting. With large
 # weights a model can react sharply to small details, and that is what memorizing takes.
 
@@ -1057,8 +1064,8 @@ def make_optimizer(total_steps):
     def is_decayed(name, weight):
         return name.startswith("blocks") and weight.ndim == 2
 
-    # bias_correction: m and v start at 0, so for the first steps they are scaled up to what they
-    # would be if they had not. (It has nothing to do with the biases of a layer.)
+    # bias_correction: m and v start at 0, so for the first steps they are scaled up, for a fair
+    # start. (It has nothing to do with the biases of a layer.)
     betas = [beta1, beta2]
     decayed = optim.AdamW(learning_rate, betas, weight_decay=weight_decay, bias_correction=True)
     others = optim.AdamW(learning_rate, betas, weight_decay=0.0, bias_correction=True)
@@ -1076,9 +1083,9 @@ def make_optimizer(total_steps):
 # function that returns the loss and the gradient, a tree of the same form as the parameters.
 #
 # It compiles. When you first call a function that went through mx.compile, its Python code runs
-# once, and MLX records the operations on arrays. All later calls replay the recording, until the
-# inputs have other shapes or types. That is faster, since Python is out of the loop and small
-# operations are merged. But it means that Python is out of the loop:
+# once, and MLX records the operations on arrays. All later calls replay the recording. (If the
+# inputs have other shapes or types, MLX records again.) That is faster, since Python is out of the
+# loop and small operations are merged. The catch is the same as the gain: no Python runs.
 #
 #     print("hello")                 prints only while MLX records
 #     print(loss.item())             fails: while MLX records, there is no value yet
@@ -1094,15 +1101,10 @@ def make_optimizer(total_steps):
 def make_step(model, optimizer):
     """Returns a function step(x, y), which trains the model on a batch and returns its loss."""
     loss_and_grad = nn.value_and_grad(model, loss_fn)  # or with a loss of your own
-    # Several machines can share a batch: each takes its own rows, and then they average their
-    # gradients. (The README says how.) You probably have one, which then takes all rows.
-    world = mx.distributed.init(backend="ring")
-    mine = slice(world.rank(), None, world.size())
+    world = mx.distributed.init(backend="ring")  # the machines that share a batch: mostly just one
+    mine = slice(world.rank(), None, world.size())  # the rows for this one: if it is alone, all
 
     def step(x, y):
-        # (For gradient accumulation, call loss_and_grad on equal parts of the rows, and add up two
-        # trees of gradients by tree_map(mx.add, a, b). It saves memory only if each part waits for
-        # the one before: part = mx.depends([part], [an array of the gradients so far])[0].)
         loss, grads = loss_and_grad(model, x[mine], y[mine])
         grads = nn.average_gradients(grads, world)
         # *Gradient clipping*: if the gradient as a whole is longer than max_norm, it is scaled down
@@ -1135,9 +1137,8 @@ def evaluate(model, tokens):
     return total / count
 
 
-# Everything is in place. Here is what a run of the small model prints, without the progress lines.
-# Under each line of losses is what it writes at that time, and once, after 500 steps, such a line
-# comes alone.
+# Here, then, is what a run of the small model prints, without the progress lines. Under each line
+# of losses is what it writes at that time, and once, after 500 steps, such a line comes alone.
 #
 #     Untrained | train = 4.1989 | val = 4.2001 | perplexity 66.7
 #               uQv$?Mz &zsLMx3led,qOyxSH'⏎WUkApi:ikizTyBrFNW'.kJXXZbQviZicmMrM'bzxII
@@ -1151,9 +1152,9 @@ def evaluate(model, tokens):
 #
 # Watch it learn. The first loss lies where it must, a little above 4.17. After 500 steps it has
 # found out about spaces, vowels, and the length of words. After one epoch it has beaten n = 3, and
-# knows that in a play people in capitals speak after a colon. In the end it is close to n = 4. (The
-# two sets are from different plays, so train may well be above val.) Nobody has told it any of
-# this. All it ever got was the next character.
+# knows that in a play, a speech begins with a name in capitals and a colon. In the end it is close
+# to n = 4. (The two sets are mostly from different plays, so one may be a little easier than the
+# other.) Nobody has told it any of this. All it ever got was the next character.
 #
 # And this is the run itself, from the file to the finished model. What you have not met yet has a
 # name that says what it does, and follows in section 12, in the same order.
@@ -1242,7 +1243,7 @@ def train(resume=False):
 # have all settled on the one before that, and head 1 on the one before that one, which is a space.
 # So between them they have collected " cou", and the model expects an "n", an "r", or an "l", as in
 # "count", "court", and "could". We gave it queries and keys made of random numbers. Out of these,
-# following slopes downhill, it has built what we said at the start is hard to beat: it has
+# following slopes downhill, it has built the very thing that section 5 called hard to beat: it has
 # reinvented the n-gram. Only head 5 has other interests, far back in the line. With more blocks,
 # heads attend to what other heads have found, and things become less easy to read off.
 
@@ -1299,45 +1300,50 @@ def one_line(text):
     return "".join(char if char.isprintable() else " " for char in text)
 
 
-# This is where the lesson ends. Look back to the first page: GPT-2 guesses what comes next, and
-# that is all it can do. You have now seen every part of it, and nothing was hidden. Make our
-# default model a hundred times as wide and thirty times as deep, feed it the internet, and you have
-# GPT-3. Today's chatbots add better parts, six of which are in the README, and further training on
-# conversations. And yet no line of this file says what a word is, or a verse, or a speaker. It
-# follows slopes downhill, and that is what it finds there.
+# This is where the lesson ends. What should you do now? Change something, and guess what it will do
+# before you run it. The README has experiments, and tested diffs for the parts of today's models
+# (RMSNorm, no biases, rotary positions, SwiGLU, grouped queries, Muon). The next section begins
+# with what is good to know before you change the model.
 #
-# What to do now? Change something, and guess what it will do before you run it. The README has
-# tested diffs for today's parts (RMSNorm, rotary positions, SwiGLU, grouped queries, Muon). And a
-# few things are good to know:
+# What should you read next? Attention and the transformer: Vaswani et al., Attention Is All You
+# Need, 2017. GPT-2: Radford et al., Language Models are Unsupervised Multitask Learners, 2019.
+# Byte-pair encoding: Sennrich et al., 2015. Residual connections: He et al., 2015. LayerNorm: Ba et
+# al., 2016. GELU: Hendrycks and Gimpel, 2016. Dropout: Srivastava et al., 2014. Weight tying: Press
+# and Wolf, 2016. Adam: Kingma and Ba, 2014. AdamW: Loshchilov and Hutter, 2017. Top-k sampling: Fan
+# et al., 2018. Kneser-Ney: Chen and Goodman, 1998.
+#
+# And then look back to the first page. GPT-2 guesses what comes next, and that is all it can do.
+# You have now seen every part of it, and nothing was hidden. Make our default model a hundred times
+# as wide and thirty times as deep, feed it the internet, and you have GPT-3. And yet no line of
+# this file says what a word is, or a verse, or a speaker. It follows slopes downhill, and that is
+# what it finds there.
+
+# %% 12. The parts of a run
+#
+# Here are the helpers that train() calls, in the order in which it calls them. There is nothing new
+# about GPT in them. But first, if you change the model:
 #
 # - init_weight goes by name. In a layer of your own, call matrices and gains `weight` and biases
 #   `bias`. (nn.PReLU then starts with a slope of 1, doing nothing.) And 0.02 is for wide layers: in
 #   a narrow model, a layer that multiplies two outputs, as SwiGLU does, starts nearly dead.
 # - is_decayed goes by name as well, and takes all matrices in `blocks`.
-# - A new size goes in three places: the settings, GPTConfig (last and with a default, so that older
-#   files still load), and the call of GPTConfig in train(). See whether `parameters` has changed.
+# - A new size must be added in three places: the settings, GPTConfig (last and with a default, so
+#   that older files still load), and the call of GPTConfig in train(). Then check that
+#   `parameters`, in the first lines of a run, has changed.
 # - For positions as rotations (RoPE), rotate q and k just before the cache. The position of the
 #   first one is cache.offset, or 0 without a cache. Validation never uses the cache, so a mistake
 #   there spoils only the writing; the doctest of KVCache would tell.
 # - To save in mid-epoch, call save_model with a file name of your own.
-# - With other tokens than characters, the loss is another one as well: it counts per token.
+# - If your tokens are not characters, do not compare losses with ours: a loss is per token.
 # - All numbers are float32, good for about seven digits. The bfloat16 of large models has fewer
 #   than three. There, 1 + 0.001 is still 1, so gains that begin at 1 hardly move.
 # - To try several values, import train in a script of your own, set train.lr and the names of the
 #   files (train.MODEL and so on), and call train.train(), which returns the losses.
 # - Some doctests describe GPT-2 with single characters. Once yours is another model, they may fail,
 #   and rightly.
-#
-# And what to read? Attention and the transformer: Vaswani et al., Attention Is All You Need, 2017.
-# GPT-2: Radford et al., Language Models are Unsupervised Multitask Learners, 2019. Byte-pair
-# encoding: Sennrich et al., 2015. Residual connections: He et al., 2015. LayerNorm: Ba et al.,
-# 2016. GELU: Hendrycks and Gimpel, 2016. Dropout: Srivastava et al., 2014. Weight tying: Press and
-# Wolf, 2016. Adam: Kingma and Ba, 2014. AdamW: Loshchilov and Hutter, 2017.
-
-# %% 12. The parts of a run
-#
-# Here are the helpers that train() calls, in the order in which it calls them. There is nothing new
-# about GPT in them.
+# - For gradient accumulation, call loss_and_grad on equal parts of the rows in step, and add up two
+#   trees of gradients by mlx.utils.tree_map(mx.add, a, b). It saves memory only if each part waits
+#   for the one before: part = mx.depends([part], [an array of the gradients so far])[0].
 
 
 class UserError(Exception):
@@ -1345,8 +1351,8 @@ class UserError(Exception):
 
 
 COUNTS = ["ctx_len", "n_emb", "n_heads", "n_layers", "num_epochs", "batch_size", "max_new_tokens",
-          "top_k"]  # at least 1
-AMOUNTS = ["dropout", "lr", "warmup_steps", "weight_decay", "max_norm", "seed", "temperature"]  # 0
+          "top_k"]  # these must be at least 1, and the next ones at least 0
+AMOUNTS = ["dropout", "lr", "warmup_steps", "weight_decay", "max_norm", "seed", "temperature"]
 SAMPLING = ["max_new_tokens", "temperature", "top_k"]  # those that only matter for writing
 
 
@@ -1363,8 +1369,8 @@ def check_settings(names):
 
 
 def describe(text, model):
-    """What identifies a run: its settings, the number of parameters (which many an edit of the
-    model changes), and a checksum of the text."""
+    """What identifies a run: its settings, the number of parameters (which most edits of the model
+    change), and a checksum of the text."""
     settings = {name: globals()[name] for name in SETTINGS}
     return {**settings, "parameters": count_parameters(model),
             "input.txt": f"{zlib.crc32(text.encode()):08x}"}
