@@ -35,8 +35,8 @@ Sections 1 to 11 are the lesson. It takes an afternoon, and needs no more than s
 run, and read from the top while it works. Then change something, run it again, and compare the
 validation loss, which says how badly the model predicts text that it has never seen. Pure guessing
 gets 4.17, and lower is better. On the shipped text, the small model gets 1.53, and the default
-model @DEF@. Try `n_heads = 1` first, or your own text in input.txt. The README has more experiments,
-and the steps that lead from GPT-2 to the models of today.
+model @DEF@. Try `n_heads = 1` first, or your own text in input.txt. The README has more
+experiments, and the steps that lead from GPT-2 to the models of today.
 
 The examples behind >>> are tests. To run them: python -m doctest train.py
 """
