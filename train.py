@@ -686,12 +686,12 @@ class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.n_emb)
-        self.mha = MultiHeadAttention(config)
+        self.attn = MultiHeadAttention(config)
         self.ln_2 = nn.LayerNorm(config.n_emb)
         self.mlp = MLP(config)
 
     def __call__(self, x, cache=None):
-        x = x + self.mha(self.ln_1(x), cache)  # (B, T, n_emb)
+        x = x + self.attn(self.ln_1(x), cache)  # (B, T, n_emb)
         x = x + self.mlp(self.ln_2(x))  # (B, T, n_emb)
         return x
 
@@ -747,7 +747,7 @@ class GPT(nn.Module):
         self.update(tree_map_with_path(self.init_weight, self.trainable_parameters()))
 
     def init_weight(self, name, weight):
-        """The initial value of a parameter, by its name, such as blocks.0.mha.c_proj.weight.
+        """The initial value of a parameter, by its name, such as blocks.0.attn.c_proj.weight.
 
         It replaces MLX's own initial values, and those of layers that you add. Raises ValueError
         for a name that it has no rule for.
@@ -801,14 +801,14 @@ def forward_pass(model, tokens):
     positions = mx.arange(tokens.shape[1])  # (T,)
     x = model.wte(tokens) + model.wpe(positions)  # (B, T, n_emb)
     for block in model.blocks:
-        mha, mlp = block.mha, block.mlp
+        attn, mlp = block.attn, block.mlp
         normed = block.ln_1(x)  # (B, T, n_emb)
-        q = mha.split_heads(mha.q_proj(normed))  # (B, n_heads, T, head_size)
-        k = mha.split_heads(mha.k_proj(normed))
-        v = mha.split_heads(mha.v_proj(normed))
+        q = attn.split_heads(attn.q_proj(normed))  # (B, n_heads, T, head_size)
+        k = attn.split_heads(attn.k_proj(normed))
+        v = attn.split_heads(attn.v_proj(normed))
         heads = attention_weights(q, k) @ v  # (B, n_heads, T, head_size)
         heads = heads.transpose(0, 2, 1, 3).reshape(x.shape)  # (B, T, n_emb)
-        x = x + mha.c_proj(heads)  # (B, T, n_emb)
+        x = x + attn.c_proj(heads)  # (B, T, n_emb)
         hidden = nn.gelu_approx(mlp.c_fc(block.ln_2(x)))  # (B, T, 4 * n_emb)
         x = x + mlp.c_proj(hidden)  # (B, T, n_emb)
     return model.ln_f(x) @ model.wte.weight.mT  # (B, T, vocab_size)
@@ -819,7 +819,7 @@ def forward_pass(model, tokens):
 #     wte          65 x 128                                    8,320
 #     wpe         128 x 128                                   16,384
 #     a block     ln_1 and ln_2                  512                       4 x 128
-#                 mha: q, k, v            3 x 16,512                       128 x 128 + 128 each
+#                 attn: q, k, v           3 x 16,512                       128 x 128 + 128 each
 #                      c_proj                 16,512
 #                 mlp: c_fc                   66,048
 #                      c_proj                 65,664
@@ -1180,13 +1180,13 @@ def train(resume=False):
                           n_heads=n_heads, n_layers=n_layers, dropout=dropout))
     optimizer = make_optimizer(total_steps)
     optimizer.init(model.trainable_parameters())  # creates m and v
-    settings = describe(text, model)
+    settings = run_settings(text, model)
     history = []  # for each epoch, its losses, and how many minutes it took
     if resume:
         history = resume_run(model, optimizer, settings)
     check_machines([settings, history])
     if not resume:
-        introduce(tokenizer, settings)
+        print_settings(tokenizer, settings)
         report("Untrained", evaluate(model, train_part), evaluate(model, val_tokens),
                model, tokenizer)
 
@@ -1265,10 +1265,10 @@ def look(model, tokenizer, prompt):
 
     model.eval()  # Dropout now does nothing, so we can put something else in its place.
     for block in model.blocks:
-        block.mha.attn_dropout = record
+        block.attn.attn_dropout = record
     logits = model(mx.array([tokens]))[0]  # (T, vocab_size)
     for block in model.blocks:
-        block.mha.attn_dropout = nn.Dropout(model.config.dropout)
+        block.attn.attn_dropout = nn.Dropout(model.config.dropout)
 
     print(" " * 18 + one_line(tokenizer.decode(tokens)))
     log_p = nn.log_softmax(logits)  # (T, vocab_size)
@@ -1368,7 +1368,7 @@ def check_settings(names):
         raise UserError(f"n_emb = {n_emb} must be a multiple of n_heads = {n_heads}")
 
 
-def describe(text, model):
+def run_settings(text, model):
     """What identifies a run: its settings, the number of parameters (which most edits of the model
     change), and a checksum of the text."""
     settings = {name: globals()[name] for name in SETTINGS}
@@ -1429,7 +1429,7 @@ def check_machines(plan):
 WIDTH = 79  # of a line of output, in characters
 
 
-def introduce(tokenizer, settings):
+def print_settings(tokenizer, settings):
     """Prints what will be trained, so that you notice a wrong setting or character."""
     V = len(tokenizer.vocab)
     print(textwrap.fill(", ".join(f"{name}={value}" for name, value in settings.items()), WIDTH))

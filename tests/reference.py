@@ -16,7 +16,7 @@ def softmax(scores):
 def shapes(vocab_size, ctx_len, n_emb, n_layers):
     """The name and the shape of every parameter."""
     C = n_emb
-    block = {"mha.q_proj": (C, C), "mha.k_proj": (C, C), "mha.v_proj": (C, C), "mha.c_proj": (C, C),
+    block = {"attn.q_proj": (C, C), "attn.k_proj": (C, C), "attn.v_proj": (C, C), "attn.c_proj": (C, C),
              "mlp.c_fc": (4 * C, C), "mlp.c_proj": (C, 4 * C), "ln_1": (C,), "ln_2": (C,)}
     layers = {f"blocks.{i}.{name}": block[name] for i in range(n_layers) for name in block}
     layers["ln_f"] = (C,)
@@ -63,13 +63,13 @@ def forward(weights, tokens, n_heads):
     for i in range(sum(name.endswith("q_proj.weight") for name in w)):
         block = f"blocks.{i}."
         a = norm(x, block + "ln_1")
-        q, k, v = (linear(a, f"{block}mha.{part}_proj") for part in "qkv")
+        q, k, v = (linear(a, f"{block}attn.{part}_proj") for part in "qkv")
         heads = []
         for start in range(0, x.shape[2], size):
             head = np.s_[:, :, start : start + size]
             scores = np.einsum("bti,bsi->bts", q[head], k[head]) / math.sqrt(size)
             heads.append(softmax(scores + future) @ v[head])
-        x = x + linear(np.concatenate(heads, axis=2), block + "mha.c_proj")
+        x = x + linear(np.concatenate(heads, axis=2), block + "attn.c_proj")
         a = gelu(linear(norm(x, block + "ln_2"), block + "mlp.c_fc"))
         x = x + linear(a, block + "mlp.c_proj")
     return norm(x, "ln_f") @ w["wte.weight"].T

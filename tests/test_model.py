@@ -66,7 +66,7 @@ def test_the_bias_of_the_keys_has_no_effect():
     model = random_model()
     x = mx.array(tokens(2, 12))
     before = model(x)
-    for part, most in ((model.blocks[0].mha.k_proj, 2e-5), (model.blocks[0].mha.q_proj, 10)):
+    for part, most in ((model.blocks[0].attn.k_proj, 2e-5), (model.blocks[0].attn.q_proj, 10)):
         part.bias = mx.random.normal((16,), key=mx.random.key(0))
         assert most / 1e3 < mx.abs(model(x) - before).max().item() + 1e-8 < most
 
@@ -95,8 +95,8 @@ def test_names_shapes_and_number_of_parameters(sizes):
     assert train.count_parameters(model) == reference.count_parameters(*sizes)
 
 
-@pytest.mark.parametrize("place", ["dropout", "blocks.1.mha.attn_dropout",
-                                   "blocks.1.mha.resid_dropout", "blocks.1.mlp.dropout"])
+@pytest.mark.parametrize("place", ["dropout", "blocks.1.attn.attn_dropout",
+                                   "blocks.1.attn.resid_dropout", "blocks.1.mlp.dropout"])
 def test_dropout_is_where_gpt_2_has_it_and_acts_in_training(place):
     model = random_model(dropout=0.4)
     x, layer = mx.array(tokens(2, 12)), dict(model.named_modules())[place]
@@ -128,9 +128,9 @@ def test_constants_begin_with_an_underscore(monkeypatch, name):
 
     monkeypatch.setattr(train, "MultiHeadAttention", Own)
     if name == "_mask":
-        assert mx.array_equal(random_model().blocks[0].mha[name], mx.tri(12))
+        assert mx.array_equal(random_model().blocks[0].attn[name], mx.tri(12))
     else:
-        with pytest.raises(ValueError, match=rf"blocks\.0\.mha\.{name}\b.*12, 12.*_"):
+        with pytest.raises(ValueError, match=rf"blocks\.0\.attn\.{name}\b.*12, 12.*_"):
             random_model()
 
 

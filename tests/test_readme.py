@@ -118,7 +118,7 @@ def openai_file(path):
     weights = reference.random_weights(11, ctx_len, n_emb=24, n_layers=2)
     arrays = {}
     for name, weight in weights.items():
-        theirs = name.replace("blocks.", "h.").replace(".mha.", ".attn.")
+        theirs = name.replace("blocks.", "h.")
         matrix_in_block = name.startswith("blocks.") and weight.ndim == 2
         if ".k_proj." in name or ".v_proj." in name:
             continue

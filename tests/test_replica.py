@@ -19,11 +19,11 @@ def in_replicas_names(tree):
     arrays = {name: torch.tensor(np.array(array)) for name, array in tree_flatten(tree)}
     renamed = {}
     for name, array in arrays.items():
-        if ".mha.q_proj." in name:
+        if ".attn.q_proj." in name:
             parts = [arrays[name.replace("q_proj", f"{letter}_proj")] for letter in "qkv"]
-            renamed[name.replace("mha.q_proj", "qkv")] = torch.cat(parts)
+            renamed[name.replace("attn.q_proj", "qkv")] = torch.cat(parts)
         elif ".k_proj." not in name and ".v_proj." not in name:
-            name = name.replace("mha.c_proj", "attn_c_proj")
+            name = name.replace("attn.c_proj", "attn_c_proj")
             renamed[name.replace("mlp.c_proj", "mlp_c_proj").replace("mlp.c_fc", "c_fc")] = array
     return renamed
 

@@ -335,7 +335,7 @@ def test_look(trained, tiny, command, monkeypatch):
             assert repr(VOCAB[token]) in row[:column]
             assert re.search(r"\d\.\d\d", row[column:])[0] == f"{p[-1, token]:.2f}"
     train.look(model, train.CharTokenizer(VOCAB), "7")
-    assert isinstance(model.blocks[1].mha.attn_dropout, train.nn.Dropout)  # as it was
+    assert isinstance(model.blocks[1].attn.attn_dropout, train.nn.Dropout)  # as it was
 
 
 def test_percent_run_in_a_notebook_samples(trained, monkeypatch, capsys):
