@@ -180,9 +180,9 @@ class CharTokenizer:
 # A *language model* sees the text so far and predicts the next token. To learn, it needs questions
 # with answers. Who writes down the answers, a million of them? Nobody has to. The text is full of
 # them already, because wherever you stop reading, the next character is right there. This is called
-# *self-supervised learning*. The shipped text begins with "First Citizen:". Here are its first T =
-# 8 tokens, x, and the right answers, the *targets* y, which are the same text one place further on.
-# (_ is a space.)
+# *self-supervised learning*. The shipped text begins with "First Citizen:". Here are its first
+# T = 8 tokens, x, and the right answers, the *targets* y, which are the same text one place further
+# on. (_ is a space.)
 #
 #     x = 18 47 56 57 58  1 15 47        F i r s t _ C i
 #     y = 47 56 57 58  1 15 47 58        i r s t _ C i t
@@ -353,12 +353,12 @@ def toy_loss(w):
 #     w ----------> z ----------> loss          slope of the loss with respect to w: 3 * -2 = -6
 #
 # If z grows 3 times as fast as w, and the loss falls 2 times as fast as z grows, then the loss
-# falls 6 times as fast as w grows. Because every operation knows its own slope (that of x * x is 2
-# * x), the program can run the model once to find the loss, which is the *forward pass*, and then
+# falls 6 times as fast as w grows. Because every operation knows its own slope (that of x * x is
+# 2 * x), the program can run the model once to find the loss, which is the *forward pass*, and then
 # walk back from the loss, multiplying slopes as it goes, which is the *backward pass*. If this
 # looks too simple to be the whole secret, look again at the -2. It is found once, and serves every
-# parameter that z depends on. Where a number is used in several places, its slopes add up: 3 * w +
-# 2 * w has slope 5.
+# parameter that z depends on. Where a number is used in several places, its slopes add up:
+# 3 * w + 2 * w has slope 5.
 
 # %% 6. Attention
 #
@@ -465,8 +465,8 @@ def causal_mask(T, S):
 #
 # The score of position i for position j is the dot product of i's query and j's key. To get all
 # scores at once, we need the dot product of each row of q with each row of k. Because a matrix
-# product goes by columns, k is first transposed: k.mT is k with its rows turned into columns, and q
-# @ k.mT is the table of all scores.
+# product goes by columns, k is first transposed: k.mT is k with its rows turned into columns, and
+# q @ k.mT is the table of all scores.
 
 
 def attention_weights(q, k):
@@ -708,8 +708,8 @@ class Block(nn.Module):
 # the first attention layer, the "a" of "tea" and the "a" of "eta" would get the same average, over
 # an e, a t, and an a. So there is a second table, the *position embedding* wpe, with a row for each
 # position, and the two rows are added. Why add them, rather than put them side by side? Because
-# vectors this long have room for both. This is why it cannot see more than ctx_len characters: wpe
-# has no more rows.
+# vectors this long have room for both. And why can the model not see more than ctx_len characters?
+# Because wpe has no more rows.
 #
 # At the other end, after the blocks and one last LayerNorm, ln_f, stands the *output head*, which
 # has nothing to do with attention heads. The logit of a token is the dot product of the vector with
@@ -882,8 +882,8 @@ def sees_the_future(model):
 # circles, because once it comes back to words that it has written before, it makes the same choices
 # again, and comes back once more. So we roll dice, loaded with the model's probabilities. The
 # *temperature* decides how much they are loaded. The logits are divided by it, which raises the
-# ratio of any two probabilities to the power 1 / temperature. At 0.5, for instance, a ratio of 2 :
-# 1 becomes 4 : 1.
+# ratio of any two probabilities to the power 1 / temperature. At 0.5, for instance, a ratio of
+# 2 : 1 becomes 4 : 1.
 #
 #     logits             2      1      0
 #     temperature 0.5    0.87   0.12   0.02
@@ -1029,8 +1029,8 @@ def type_out(model, tokenizer, prompt):
 # 0.05. With random signs it is typically 0.23, as you can try in a few lines of Python. In short,
 # where the batches agree, w goes ahead, and where they quarrel, it stays put.
 #
-# AdamW has *weight decay* besides: in each step, it also shrinks w by a small part of itself, lr *
-# weight_decay * w. A weight then stays large only if its gradient keeps insisting. With large
+# AdamW has *weight decay* besides: in each step, it also shrinks w by a small part of itself,
+# lr * weight_decay * w. A weight then stays large only if its gradient keeps insisting. With large
 # weights a model can react sharply to small details, and that is what memorizing takes.
 
 
