@@ -17,7 +17,7 @@ writes:
 Two minutes ago it could not tell a vowel from a dollar sign. A Mac's GPU gets a larger model, which
 takes longer, learns to spell, and even keeps to a verse now and then.
 
-What happens in between is no magic, and the whole of it is in this file. GPT stands for generative
+What happens in between is no magic, and all of the model is in this file. GPT stands for generative
 pre-trained transformer. A *transformer* is one kind of *neural network*, that is, a function with a
 great many adjustable numbers. They start out
 random, and so does its writing. We will build this function piece by piece, have it guess at a real
@@ -70,6 +70,9 @@ import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten, tree_map_with_path, tree_unflatten
 
+if not hasattr(mx, "new_thread_local_stream"):  # the newest thing that this file uses
+    raise ImportError("this MLX is too old for train.py: pip install --upgrade mlx")
+
 # %% 1. Settings
 #
 # The numbers that we choose are called *hyperparameters*; the *parameters* (or weights) are those
@@ -109,10 +112,13 @@ SETTINGS = [name for name, value in globals().items()
 
 # %% 2. Data
 #
-# All our data is one text file. If the model has read a line a thousand times, being able to recite
-# it proves nothing. So it learns from the first nine tenths of the text only, the *training set*.
-# The last tenth, the *validation set*, is held out: there we see whether the model has learned
-# something about the language or has merely memorized what it read, which is called *overfitting*.
+# All our data is one text file. The one that comes with this program holds eight plays in
+# Shakespeare's manner, which were written for it. (It begins like the file known as Tiny
+# Shakespeare, but it is another text, so do not compare losses between the two.) If the model has
+# read a line a thousand times, being able to recite it proves nothing. So it learns from the first
+# nine tenths of the text only, the *training set*. The last tenth, the *validation set*, is held
+# out: there we see whether the model has learned something about the language or has merely
+# memorized what it read, which is called *overfitting*.
 
 
 def load_text(path="input.txt"):
@@ -274,7 +280,7 @@ def count_batches(tokens, ctx_len, batch_size):
 # followed each string of n - 1 characters. If "th" was followed by "e" 60 times out of 100, then
 # "e" gets about 0.6 after "th". This is hard to beat, but it has a hole. A character that was never
 # seen there would get p = 0 and an infinite loss. So smoothing takes a little probability from the
-# characters that were seen, and gives it to the others in the proportions that a shorter string
+# characters that were seen, and shares it among all, in the proportions that a shorter string
 # suggests. (There are many ways to do this; ours is modified Kneser-Ney.) On the shipped text:
 #
 #     n        1       2       3       4       5       6       7
@@ -512,11 +518,11 @@ def attention_weights(q, k):
 # One line needs defending. Why divide by sqrt(head_size)? The more numbers a query and a key have,
 # the larger their dot product tends to be, and large scores bring learning to a halt.
 #
-# Suppose that all of them are random, with mean 0 and variance 1. (The variance is the mean of
-# their squares, and its root is their typical size.) Then each product has variance 1 as well, and
-# because variances of independent numbers add up, the sum of head_size products has variance
-# head_size. Its typical size is the root of that, sqrt(head_size). Now watch what this does to
-# softmax, if one score is that large and another is 0:
+# Suppose that all of them are random and independent, with mean 0 and variance 1. (The variance is
+# the mean of their squares, and its root is their typical size.) Then each product has variance 1
+# as well, and because variances of independent numbers add up, the sum of head_size products has
+# variance head_size. Its typical size is the root of that, sqrt(head_size). Now watch what this
+# does to softmax, if one score is that large and another is 0:
 #
 #     head_size              1        8        32       128
 #     sqrt(head_size)        1        2.83     5.66     11.31
@@ -665,10 +671,10 @@ class MLP(nn.Module):
 # slope 1 + f'(x). Thanks to the 1, part of the gradient passes every layer as if the layer were not
 # there.
 #
-# But what keeps the stream from growing without end, as layer after layer adds to it, and the
-# scores from growing with it until softmax saturates? Nothing does. Instead, each layer first
-# passes what it reads from the stream through a *LayerNorm*. It shifts and scales each vector to
-# mean 0 and variance 1 (but for a tiny constant, which keeps it from dividing by 0):
+# But what keeps the stream from growing without end, as layer after layer adds to it? Nothing does.
+# What must not grow with it are the scores, or softmax would saturate. So each layer first passes
+# what it reads from the stream through a *LayerNorm*. It shifts and scales each vector to mean 0
+# and variance 1 (but for a tiny constant, which keeps it from dividing by 0):
 #
 #     x                                   1        2        6
 #     minus the mean, 3                  -2       -1        3
@@ -715,8 +721,8 @@ class Block(nn.Module):
 # has nothing to do with attention heads. The logit of a token is the dot product of the vector with
 # that token's row of wte. So after "What is the cou", the model predicts "n" by making the vector
 # of the "u" resemble the row of "n". Using the same table at both ends is called *weight tying*; it
-# saves parameters and works well. The table has a row for each character of the training text, and
-# no others, so a model cannot read a prompt with a character that it never met.
+# saves parameters and works well. The table has a row for each character of input.txt, and no
+# others, so a model cannot read a prompt with a character that it never met.
 #
 # How should the parameters begin? If all were equal, all numbers that a layer computes would be
 # equal, would get equal gradients, and would stay equal forever, many numbers doing the work of
@@ -725,9 +731,9 @@ class Block(nn.Module):
 # so are all logits, and at first hardly any token is preferred. That gives us a test: the first
 # loss must lie close to ln vocab_size. It will lie a little above, because the logits are not quite
 # equal: each token is preferred or slighted a little, for no reason, and that costs more than it
-# gains. (As input and output share a table, each letter also thinks its own repetition twice as
-# likely as it should be. That costs nothing, since letters do repeat.) An honest beginner knows
-# nothing, and says so.
+# gains. (As input and output share a table, the model also expects each letter to be repeated, with
+# two or three times its share. That costs nothing, since letters do repeat.) An honest beginner
+# knows nothing, and says so.
 
 
 class GPT(nn.Module):
@@ -881,9 +887,9 @@ def sees_the_future(model):
 # called *greedy decoding*. Try it: set temperature to 0, and use --sample. Our small model then
 # begins well, "Second Citizen: I have", and goes on with "the stand the stand the stand the said
 # the stand", for as long as you let it. Once it comes back to words that it has written before, it
-# makes the same choices again, and comes back once more. So we roll dice, loaded with the model's
-# probabilities. The *temperature* decides how much they are loaded. The logits are divided by it,
-# which raises the ratio of any two probabilities to the power 1 / temperature. At 0.5, for
+# tends to make the same choices again, and to come back once more. So we roll dice, loaded with the
+# model's probabilities. The *temperature* decides how much they are loaded. The logits are divided
+# by it, which raises the ratio of any two probabilities to the power 1 / temperature. At 0.5, for
 # instance, a ratio of 2 : 1 becomes 4 : 1.
 #
 #     logits             2      1      0
@@ -1032,7 +1038,7 @@ def type_out(model, tokenizer, prompt):
 #
 # AdamW has *weight decay* besides: in each step, it also shrinks w by a small part of itself,
 # lr * weight_decay * w. A weight then stays large only if its gradient keeps insisting. With large
-# weights a model can react sharply to small details, and that is what memorizing takes.
+# weights a model can react sharply to small details, which is one way to memorize.
 
 
 def make_optimizer(total_steps):
@@ -1046,12 +1052,12 @@ def make_optimizer(total_steps):
     Why does it rise? In the very first step, m / sqrt(v) is 1 or -1, however small g is, so each
     parameter would move by the full lr on the word of a single batch. During *warmup*, while m and
     v gather evidence, steps are kept short. And why does it fall? Near the goal the batches quarrel
-    about every parameter, which keeps it jumping around. Only a lower rate lets it settle. (In a
-    run of few steps, the two lines meet below lr.)
+    about every parameter, which keeps it jumping around. Only a lower rate lets it settle. (The
+    two lines meet a little below lr, and far below it in a run of few steps.)
     """
 
-    # AdamW calls this in each step, with the step as an unsigned mx.array (beware of step - 100,
-    # which would wrap around below 0), and expects an mx.array. For half a cosine wave instead:
+    # AdamW calls this with the step, an unsigned mx.array (beware of step - 100, which would wrap
+    # around below 0), and expects an mx.array. For half a cosine wave instead:
     #     fall = (1 + mx.cos(math.pi * step / total_steps)) / 2
     # For a constant rate after the warmup: return lr * mx.minimum(rise, 1)
     def learning_rate(step):
@@ -1202,9 +1208,9 @@ def train(resume=False):
             loss = step(x, y)
             mx.async_eval(loss, model.state, optimizer.state)  # compute these, but do not wait
             progress.update(loss)
-            if progress.step == 500:  # its first words; put here what you want to do in mid-epoch
+            if progress.step == 500:  # an early look; put here what you want to do in mid-epoch
                 show_line(model, tokenizer)
-                model.train()  # again, because generating has turned dropout off
+                model.train()  # dropout on again, which only matters if step is not compiled
 
         train_loss, val_loss = evaluate(model, train_part), evaluate(model, val_tokens)
         check_finite(val_loss)
@@ -1265,11 +1271,12 @@ def look(model, tokenizer, prompt):
         return weights
 
     model.eval()  # Dropout now does nothing, so we can put something else in its place.
+    layers = [block.attn.attn_dropout for block in model.blocks]
     for block in model.blocks:
         block.attn.attn_dropout = record
     logits = model(mx.array([tokens]))[0]  # (T, vocab_size)
-    for block in model.blocks:
-        block.attn.attn_dropout = nn.Dropout(model.config.dropout)
+    for block, layer in zip(model.blocks, layers, strict=True):
+        block.attn.attn_dropout = layer
 
     print(" " * 18 + one_line(tokenizer.decode(tokens)))
     log_p = nn.log_softmax(logits)  # (T, vocab_size)
@@ -1311,13 +1318,13 @@ def one_line(text):
 # Byte-pair encoding: Sennrich et al., 2015. Residual connections: He et al., 2015. LayerNorm: Ba et
 # al., 2016. GELU: Hendrycks and Gimpel, 2016. Dropout: Srivastava et al., 2014. Weight tying: Press
 # and Wolf, 2016. Adam: Kingma and Ba, 2014. AdamW: Loshchilov and Hutter, 2017. Top-k sampling: Fan
-# et al., 2018. Kneser-Ney: Chen and Goodman, 1998.
+# et al., 2018. Modified Kneser-Ney smoothing: Chen and Goodman, 1998.
 #
 # And then look back to the first page. GPT-2 guesses what comes next, and that is all it can do.
-# You have now seen every part of it, and nothing was hidden. Make our default model a hundred times
-# as wide and thirty times as deep, feed it the internet, and you have GPT-3. And yet no line of
-# this file says what a word is, or a verse, or a speaker. It follows slopes downhill, and that is
-# what it finds there.
+# You have now seen every part of the model, and nothing was hidden. Make our default model a
+# hundred times as wide and thirty times as deep, feed it the internet, and you have GPT-3. And yet
+# no line of this file says what a word is, or a verse, or a speaker. It follows slopes downhill,
+# and that is what it finds there.
 
 # %% 12. The parts of a run
 #
@@ -1334,7 +1341,7 @@ def one_line(text):
 # - For positions as rotations (RoPE), rotate q and k just before the cache. The position of the
 #   first one is cache.offset, or 0 without a cache. Validation never uses the cache, so a mistake
 #   there spoils only the writing; the doctest of KVCache would tell.
-# - To save in mid-epoch, call save_model with a file name of your own.
+# - To save in mid-epoch, call save_model with a file name of your own, which ends in .safetensors.
 # - If your tokens are not characters, do not compare losses with ours: a loss is per token.
 # - All numbers are float32, good for about seven digits. The bfloat16 of large models has fewer
 #   than three. There, 1 + 0.001 is still 1, so gains that begin at 1 hardly move.
@@ -1614,9 +1621,6 @@ def last_run(checksum):
     return None
 
 
-# %% 13. The command line
-
-
 def on_two_cores(loss_fn):
     """The same loss function, but with half of the rows of each batch on a second CPU core.
 
@@ -1641,6 +1645,9 @@ if mx.default_device() == mx.cpu:  # a GPU needs no such help
     loss_fn = on_two_cores(loss_fn)
 
 
+# %% 13. The command line
+
+
 def main():
     """Does what the command line says. Shows a UserError or OSError on one line."""
     parser = argparse.ArgumentParser(description="Without options: train GPT-2 on input.txt.")
@@ -1653,8 +1660,6 @@ def main():
     options.add_argument("--resume", action="store_true", help="go on with an interrupted run")
     in_notebook = "kernel_launcher" in sys.argv[0]  # there, sys.argv belongs to another program
     arguments = parser.parse_args([] if in_notebook else None)
-    if not hasattr(mx.array, "mT"):
-        sys.exit("train.py: this MLX is too old: pip install --upgrade mlx")
     if hasattr(sys.stdout, "reconfigure"):  # for terminals that cannot show every character
         sys.stdout.reconfigure(errors="replace")
     if not is_first():

@@ -3,7 +3,6 @@
 import os
 import signal
 import sys
-from itertools import chain, repeat
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +16,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "lab")]
 
 import mlx.core as mx  # noqa: E402
 import train  # noqa: E402
-from helpers import TINY, Folder, no_compiler, shipped  # noqa: E402
+from helpers import TINY, Folder, missing, shipped  # noqa: E402
 
 # In a shell's background job Ctrl-C is ignored, also by child processes. Some tests send it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -59,6 +58,11 @@ def folder(tmp_path, monkeypatch):
     return Folder(tmp_path)
 
 
+@pytest.fixture
+def other_folder(tmp_path_factory):
+    return Folder(tmp_path_factory.mktemp("other"))
+
+
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory):
     """A whole run in tiny settings: its folder and its result. Only to be read."""
@@ -77,32 +81,53 @@ def trained(finished_run, folder):
 
 
 @pytest.fixture
-def clock(monkeypatch):
-    """A clock that only the steps of a run move: the first by 1000 seconds, others by so many."""
-    clock = SimpleNamespace(now=0, seconds=20, steps=0)
-    make_step = train.make_step
+def watch(monkeypatch):
+    """Call it to get a list of what a function is given, and returns, from then on."""
+    def start(owner, name):
+        calls, real = [], getattr(owner, name)
 
-    def slow_step(*arguments):
-        step, pauses = make_step(*arguments), chain([1000], repeat(clock.seconds))
+        def noting(*given, **named):
+            result = real(*given, **named)
+            calls.append((*given, *named.values(), result))
+            return result
 
-        def timed(x, y):
-            clock.now += next(pauses)
-            clock.steps += 1
+        monkeypatch.setattr(owner, name, noting)
+        return calls
+    return start
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """Notes each step of a run, and gives it a time that only steps take: the first 1000 seconds
+    (it compiles), each other one as many as the test says."""
+    steps = SimpleNamespace(seconds=20, rows=[], dropout=[])
+    make_step, clock = train.make_step, [0]
+
+    def make_noting_step(model, optimizer):
+        step, first = make_step(model, optimizer), len(steps.rows)
+
+        def noting(x, y):
+            clock[0] += steps.seconds if len(steps.rows) > first else 1000
+            steps.rows.append(x.tolist())
+            steps.dropout.append(model.blocks[0].mlp.dropout.training)
             return step(x, y)
 
-        return timed
+        return noting
 
-    monkeypatch.setattr(train, "make_step", slow_step)
-    monkeypatch.setattr(train.time, "perf_counter", lambda: clock.now)
-    return clock
+    monkeypatch.setattr(train, "make_step", make_noting_step)
+    monkeypatch.setattr(train.time, "perf_counter", lambda: clock[0])
+    return steps
 
 
 @pytest.fixture
 def compiled():
-    """Compiles for one test."""
+    """Compiles for one test. (Without a compiler, MLX would run the Python code each time.)"""
     mx.enable_compile()
-    try:
-        no_compiler()
-        yield
-    finally:
+    recorded = []
+    function = mx.compile(lambda x: recorded.append(x) or x + x)
+    mx.eval([function(mx.array(1.0)) for _ in range(5)])
+    if len(recorded) == 5:
         mx.disable_compile()
+        (missing if sys.platform == "linux" else pytest.skip)("no compiler")
+    yield
+    mx.disable_compile()

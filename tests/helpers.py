@@ -27,6 +27,7 @@ TINY = dict(ctx_len=12, n_emb=16, n_heads=2, n_layers=1, dropout=0.0, num_epochs
 TEXT = "".join(map(chr, range(32, 127))) + "\n"  # so that it has any plain prompt a reader may try
 TEXT += "".join(f"{n} sheep and {n * 7 % 10} goats went over the hill; one came back.\n"
                 for n in range(16))
+OTHER_TEXT = TEXT[:-3] + TEXT[-2] + TEXT[-3] + "\n"  # of the same characters
 VOCAB = sorted(set(TEXT))
 SHIPPED = "46191818cac3a9016d23b81f50be44eeb3bc237fa841e839b521c5badcfa357e"  # SHA-256
 
@@ -41,16 +42,6 @@ def shipped():
     path = ROOT / "input.txt"
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     return text if hashlib.sha256(text.encode()).hexdigest() == SHIPPED else None
-
-
-def no_compiler():
-    """Skips the test if MLX finds no compiler, and runs the Python code each time."""
-    calls = []
-    function = mx.compile(lambda x: calls.append(x) or x + x)
-    for _ in range(5):
-        mx.eval(function(mx.array(1.0)))
-    if len(calls) == 5:
-        (missing if sys.platform == "linux" else pytest.skip)("no compiler")
 
 
 # Edits of the source
@@ -82,11 +73,11 @@ def module_from(source, name="edited"):
 # Models and numbers
 
 
-def random_model(vocab_size=11, **sizes):
+def random_model(**sizes):
     """A model in eval mode whose weights are large enough for every part to matter."""
     config = {**dict(ctx_len=12, n_emb=16, n_heads=2, n_layers=2, dropout=0.0), **sizes}
     mx.random.seed(0)
-    model = train.GPT(train.GPTConfig(vocab_size, **config))
+    model = train.GPT(train.GPTConfig(vocab_size=11, **config))
     model.update(tree_map(lambda w: w + 0.3 * mx.random.normal(w.shape), model.parameters()))
     model.eval()
     return model
@@ -101,10 +92,6 @@ def named(tree):
     return {name: np.array(array, dtype=np.float64) for name, array in tree_flatten(tree)}
 
 
-def softmax(logits):
-    return np.array(mx.softmax(mx.array(logits), axis=-1))
-
-
 def agrees(value, rounded, places):
     """Whether a number that is rounded to so many places can be this value."""
     return abs(value - rounded) <= 0.5000001 * 10**-places
@@ -117,20 +104,15 @@ def encoded(text):
 
 # What a run prints and leaves
 
-EPOCH = re.compile(r"^Epoch +(\d+) \| train = (\S+) \| val = (\S+) \|", re.M)
-
 
 def losses(output):
     """The number, the training loss, and the validation loss of each epoch that was printed."""
-    return [(int(n), float(t), float(v)) for n, t, v in EPOCH.findall(output)]
+    found = re.findall(r"^Epoch +(\d+) \| train = (\S+) \| val = (\S+) \|", output, re.M)
+    return [(int(n), float(t), float(v)) for n, t, v in found]
 
 
 def epochs(output):
     return [n for n, _, _ in losses(output)]
-
-
-def arrays(folder, name="model.safetensors"):
-    return {key: np.array(array) for key, array in mx.load(str(folder.path / name)).items()}
 
 
 def run_log(folder):
@@ -140,7 +122,7 @@ def run_log(folder):
 def assert_same_run(folder, other):
     """The same weights, optimizer, and text: on a CPU, to the last bit."""
     for name in ("model.safetensors", "checkpoint.safetensors"):
-        ours, theirs = arrays(folder, name), arrays(other, name)
+        ours, theirs = folder.arrays(name), other.arrays(name)
         assert ours.keys() == theirs.keys()
         if ON_CPU:
             assert [key for key in ours if not np.array_equal(ours[key], theirs[key])] == []
@@ -176,28 +158,29 @@ class Folder:
     def read(self, name):
         return (self.path / name).read_bytes()
 
-    def command(self, *arguments, code=None, compiled=False):
-        """What subprocess needs to start train.py with arguments, or else some Python code."""
-        program = ["-c", code] if code else ["train.py"]
-        environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "PYTHONUTF8": "1"}
-        for name in ("PYTHONUNBUFFERED", *(["MLX_DISABLE_COMPILE"] if compiled else [])):
-            environment.pop(name, None)
-        return dict(args=[sys.executable, *program, *arguments], cwd=self.path, text=True,
-                    env=environment, encoding="utf-8")
-
-    def run(self, *arguments, code=None, compiled=False, **options):
-        started = self.command(*arguments, code=code, compiled=compiled)
-        return subprocess.run(**{**started, "capture_output": True, "timeout": 240, **options})
+    def arrays(self, name="model.safetensors"):
+        return {key: np.array(array) for key, array in mx.load(str(self.path / name)).items()}
 
     def files(self):
         """The contents of all files but train.py, by name."""
         return {file.name: file.read_bytes() for file in self.path.iterdir()
                 if file.is_file() and file.name != "train.py"}
 
+    def run(self, *arguments, code=None, compiled=False, launcher=(), variables=None, **options):
+        """Runs train.py with arguments, or else some Python code, in a process of its own."""
+        program = [*launcher, sys.executable, *(["-c", code] if code else ["train.py"])]
+        environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "PYTHONUTF8": "1"}
+        for name in ("PYTHONUNBUFFERED", *(["MLX_DISABLE_COMPILE"] if compiled else [])):
+            environment.pop(name, None)
+        options = {"capture_output": True, "encoding": "utf-8", "timeout": 240, **options}
+        return subprocess.run([*program, *arguments], cwd=self.path,
+                              env={**environment, **(variables or {})}, **options)
 
-# Runs the script, and sends it a signal at the n-th of some moments.
+
+# Runs the script, and kills it or interrupts it at the n-th of some moments.
 STOP = """
-import os, signal, train
+import os, signal, sys, train
+sys.stdout.reconfigure(line_buffering=True)
 moments = []
 
 def reach(moment):
@@ -214,11 +197,11 @@ def replace(old, new, real=os.replace):
     real(old, new)
     reach("after saving")
 
-def announce(*values, **options):
-    print(*values, **dict(options, flush=True))
-    if str(values[0] if values else "").startswith("Epoch"):
+def report(title, *arguments, real=train.report):
+    real(title, *arguments)
+    if title.startswith("Epoch"):
         reach("announcing")
 
-train.evaluate, train.print, os.replace = evaluate, announce, replace
+train.evaluate, train.report, os.replace = evaluate, report, replace
 train.main()
 """

@@ -16,7 +16,7 @@ def softmax(scores):
 def shapes(vocab_size, ctx_len, n_emb, n_layers):
     """The name and the shape of every parameter."""
     C = n_emb
-    block = {"attn.q_proj": (C, C), "attn.k_proj": (C, C), "attn.v_proj": (C, C), "attn.c_proj": (C, C),
+    block = {**{f"attn.{part}_proj": (C, C) for part in "qkvc"},
              "mlp.c_fc": (4 * C, C), "mlp.c_proj": (C, 4 * C), "ln_1": (C,), "ln_2": (C,)}
     layers = {f"blocks.{i}.{name}": block[name] for i in range(n_layers) for name in block}
     layers["ln_f"] = (C,)
@@ -25,10 +25,8 @@ def shapes(vocab_size, ctx_len, n_emb, n_layers):
             **{f"{name}.bias": shape[:1] for name, shape in layers.items()}}
 
 
-def count_parameters(vocab_size, ctx_len, n_emb, n_layers):
-    C = n_emb
-    block = 2 * 2 * C + 4 * (C * C + C) + (4 * C * C + 4 * C) + (4 * C * C + C)
-    return vocab_size * C + ctx_len * C + n_layers * block + 2 * C
+def count_parameters(*sizes):
+    return sum(math.prod(shape) for shape in shapes(*sizes).values())
 
 
 def random_weights(vocab_size, ctx_len, n_emb, n_layers):
@@ -81,12 +79,6 @@ def loss(weights, x, y, n_heads):
     return -np.log(np.take_along_axis(p, y[..., None], axis=2)).mean()
 
 
-def clip(gradients, max_norm):
-    """Gradients (a dict), scaled down to max_norm if all together are longer."""
-    norm = math.sqrt(sum((g * g).sum() for g in gradients.values()))
-    return {name: g * min(1, max_norm / norm) for name, g in gradients.items()}
-
-
 class AdamW:
     """AdamW with bias correction and decoupled decay, for one array."""
 
@@ -107,20 +99,19 @@ class AdamW:
 def kneser_ney(train_tokens, val_tokens, vocab_size, order):
     """The mean losses of interpolated modified Kneser-Ney with n-grams up to n, for each n.
 
-    Every token of val_tokens but the first is scored. The highest n goes by its counts, each lower
-    one by how many different tokens were seen before it. A discount is taken from counts of 1, of
-    2, and of 3 or more (the counts of counts give it), and goes to the next lower n.
+    The highest n goes by its counts, each lower one by how many different tokens were seen before
+    it. A discount is taken from counts of 1, of 2, and of 3 or more, and goes to the next lower n.
     """
     def grams(tokens, n):  # each run of n tokens, as one number
-        return sum(tokens[i : len(tokens) - n + 1 + i].astype(np.int64) * vocab_size ** (n - 1 - i)
+        return sum(tokens[i : len(tokens) - n + 1 + i] * vocab_size ** (n - 1 - i)
                    for i in range(n))
 
     def look_up(keys, values, wanted):
         at = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
         return np.where(keys[at] == wanted, values[at], 0)
 
-    def mixed(n, keys, counts, p):
-        """p after n-grams with these counts. The first tokens have less before them, and keep p."""
+    def mixed(keys, counts, wanted, p):
+        """The probabilities of the wanted n-grams, given these counts, and p of the next lower."""
         n1, n2, n3, n4 = (int((counts == c).sum()) for c in (1, 2, 3, 4))
         discounts = np.zeros(4)
         if n1 and n2 and n3 and n4:
@@ -128,19 +119,15 @@ def kneser_ney(train_tokens, val_tokens, vocab_size, order):
             discounts[1:] = 1 - 2 * y * n2 / n1, 2 - 3 * y * n3 / n2, 3 - 4 * y * n4 / n3
         taken = discounts[np.minimum(counts, 3)]
         contexts, place = np.unique(keys // vocab_size, return_inverse=True)
-        totals = np.bincount(place, counts)
-        shares = np.bincount(place, taken) / totals
-        here = grams(val_tokens, n) if n > 1 else val_tokens[1:]
-        total = look_up(contexts, totals, here // vocab_size)
-        lower = p[-len(here) :]
-        higher = (look_up(keys, counts - taken, here) / np.maximum(total, 1)
-                  + look_up(contexts, shares, here // vocab_size) * lower)
-        return np.concatenate([p[: -len(here)], np.where(total > 0, higher, lower)])
+        total = look_up(contexts, np.bincount(place, counts), wanted // vocab_size)
+        left = look_up(contexts, np.bincount(place, taken), wanted // vocab_size)
+        seen = look_up(keys, counts - taken, wanted)
+        return np.where(total > 0, (seen + left * p) / np.maximum(total, 1), p)
 
-    losses, p = [], np.full(len(val_tokens) - 1, 1 / vocab_size)
-    seen = np.unique(grams(train_tokens, 1), return_counts=True)
+    losses, p = [], np.full(len(val_tokens), 1 / vocab_size)
     for n in range(1, order + 1):
-        losses.append(-np.log(mixed(n, *seen, p)).mean())
-        seen = np.unique(grams(train_tokens, n + 1), return_counts=True)
-        p = mixed(n, *np.unique(seen[0] % vocab_size**n, return_counts=True), p)
+        wanted, longer = grams(val_tokens, n), np.unique(grams(train_tokens, n + 1))
+        counted = np.unique(grams(train_tokens, n), return_counts=True)
+        losses.append(-np.log(mixed(*counted, wanted, p)).mean())
+        p = mixed(*np.unique(longer % vocab_size**n, return_counts=True), wanted, p)[1:]
     return losses

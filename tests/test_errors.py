@@ -1,7 +1,6 @@
 """What can be wrong: one clear line, and nothing that was saved is lost."""
 
 import math
-import os
 import re
 from dataclasses import dataclass
 
@@ -21,26 +20,21 @@ def test_a_refusal_is_one_line_and_a_status(folder):
 
 
 @pytest.mark.parametrize("name, value", [
-    ("n_heads", 3), ("n_emb", 0), ("num_epochs", 0), ("batch_size", 0), ("n_layers", -1),
-    ("ctx_len", 0), ("dropout", -0.1), ("lr", -1e-3), ("max_norm", math.nan), ("seed", -1),
-    ("warmup_steps", -5), ("weight_decay", -0.1), ("top_k", 0), ("max_new_tokens", 0),
-    ("temperature", -1)])
+    ("n_heads", 3), *[(name, 0) for name in train.COUNTS], *[(name, -1) for name in train.AMOUNTS],
+    ("max_norm", math.nan)])
 def test_settings_that_make_no_sense(folder, tiny, command, name, value):
     tiny(**{name: value})
     assert f"{name} = {value!r}" in refused(folder, command)
 
 
-USELESS = {"missing": None, "a folder": "folder", "empty": b"", "short": b"to be or not to be",
-           "not UTF-8": b"to be or not" * 99 + b"\xff", "UTF-16": TEXT.encode("utf-16"),
-           "too few rows for a batch": TEXT[:60].encode()}
+USELESS = {"missing": None, "empty": b"", "not UTF-8": TEXT.encode() + b"\xff",
+           "UTF-16": TEXT.encode("utf-16"), "too few rows for a batch": TEXT[:60].encode()}
 
 
 @pytest.mark.parametrize("content", USELESS.values(), ids=USELESS)
 def test_texts_that_cannot_be_used(folder, command, content):
     (folder.path / "input.txt").unlink()
-    if content == "folder":
-        (folder.path / "input.txt").mkdir()
-    elif content is not None:
+    if content is not None:
         folder.write("input.txt", content)
     line = refused(folder, command)
     assert "input.txt" in line
@@ -52,7 +46,6 @@ def test_texts_that_can_be_used(folder, command, finished_run):
     folder.write("input.txt", b"\xef\xbb\xbf" + TEXT.replace("\n", "\r\n").encode())
     output, _ = command()
     assert losses(output) == losses(finished_run[1].stdout) or not ON_CPU
-    assert not {"\r", "\ufeff"} & set(folder.read("completions.txt").decode())
     folder.write("input.txt", TEXT.replace("\n", "--Ω床🌙"))
     assert command()[1] == 0
     output, status = command("--sample", "Ω床")
@@ -67,8 +60,8 @@ def test_files_that_cannot_be_used(trained, tiny, command, arguments, name):
     whole = trained.read(name)
     other = ({"model.safetensors", "checkpoint.safetensors"} - {name}).pop()
     mx.save_safetensors("foreign.safetensors", {"weight": mx.zeros(3)})
-    for content in (b"", b"Sonnet 18", whole[: len(whole) // 2], whole[:-1],
-                    trained.read("foreign.safetensors"), trained.read(other)):
+    for content in (b"", b"Sonnet 18", whole[:-1], trained.read("foreign.safetensors"),
+                    trained.read(other)):
         trained.write(name, content)
         line = refused(trained, command, *arguments)
         assert name in line or "changed since" in line
@@ -86,31 +79,23 @@ def test_files_of_another_version_of_the_code(trained, tiny, command, monkeypatc
             super().__init__(config)
             self.new_layer = self.pop("ln_f")
 
-    for name, other in (("GPT", OtherGPT), ("GPTConfig", OtherConfig)):
-        with monkeypatch.context() as patched:
-            patched.setattr(train, name, other)
-            assert "model.safetensors" in refused(trained, command, "--sample")
     tiny(num_epochs=3)
-    for name, other in (("GPT", OtherGPT), ("make_optimizer", lambda _: optim.SGD(0.1))):
+    for name, other, option, file in [
+            ("GPT", OtherGPT, "--sample", "model"), ("GPTConfig", OtherConfig, "--sample", "model"),
+            ("GPT", OtherGPT, "--resume", "checkpoint"),
+            ("make_optimizer", lambda _: optim.SGD(0.1), "--resume", "checkpoint")]:
         with monkeypatch.context() as patched:
             patched.setattr(train, name, other)
-            assert "checkpoint.safetensors" in refused(trained, command, "--resume")
+            assert f"{file}.safetensors" in refused(trained, command, option)
 
 
 @pytest.mark.parametrize("seconds", [0, 20])
-def test_a_loss_that_diverges_is_noticed_in_time(trained, tiny, command, clock, seconds):
+def test_a_loss_that_diverges_is_noticed_in_time(trained, tiny, command, steps, seconds):
     """By the next line of progress, or, where an epoch is too short for one, by its end."""
-    clock.seconds = seconds
+    steps.seconds = seconds
     tiny(lr=1e30, max_norm=1e30, warmup_steps=0)
     assert re.search(r"\b(nan|inf)\b.*\blr\b", refused(trained, command))
-    assert clock.steps <= (5 if seconds else 20)
-
-
-def test_a_model_that_gives_nan_from_the_start(trained, tiny, command, monkeypatch):
-    """Such as one whose mask hides a position even from itself."""
-    monkeypatch.setattr(train, "causal_mask",
-                        lambda T, S: mx.arange(S) >= mx.arange(S - T, S)[:, None])
-    assert re.search(r"\bnan\b.*\bmistake\b", refused(trained, command))
+    assert len(steps.rows) <= (5 if seconds else 20)
 
 
 # Lets no file grow larger than that, as if the disk were full.
@@ -135,17 +120,6 @@ def test_a_full_disk_keeps_the_last_good_files(trained, full_for):
     assert len(trained.read("model.safetensors")) == len(before["model.safetensors"])
     assert not list(trained.path.glob("unfinished-*"))
     assert epochs(trained.run("--resume").stdout) == [2]
-
-
-@unix
-def test_a_folder_that_cannot_be_written(folder, command):
-    folder.path.chmod(0o500)
-    try:
-        if os.access(folder.path, os.W_OK):
-            pytest.skip("this user may write everywhere")
-        assert str(folder.path.resolve()) in refused(folder, command)
-    finally:
-        folder.path.chmod(0o700)
 
 
 @pytest.mark.parametrize("error", [NameError, ValueError, RuntimeError, KeyError, TypeError])
@@ -174,13 +148,3 @@ def test_help_and_mistyped_options(folder, command):
 def test_an_mlx_that_is_too_old(folder, command, monkeypatch):
     monkeypatch.setattr(train, "mx", type("OldMLX", (), {"array": object, "cpu": mx.cpu}))
     assert "too old" in refused(folder, command)
-
-
-def test_ctrl_c_while_sampling(trained, command, monkeypatch):
-    def interrupted(*_):
-        raise KeyboardInterrupt
-        yield
-
-    monkeypatch.setattr(train, "generate", interrupted)
-    output, status = command("--sample", "7")
-    assert "stopped" in status and "resume" not in status

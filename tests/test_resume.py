@@ -6,66 +6,52 @@ import signal
 
 import numpy as np
 import pytest
-from helpers import ON_CPU, STOP, TEXT, TINY, Folder, assert_same_run, epochs, losses
-from helpers import refused, run_log, unix
-
-CHANGES = dict(ctx_len=8, n_emb=32, n_heads=4, n_layers=2, dropout=0.1, batch_size=8, lr=2e-2,
-               warmup_steps=4, weight_decay=0.2, beta1=0.8, beta2=0.95, max_norm=2.0, seed=1)
+from helpers import ON_CPU, OTHER_TEXT, STOP, TINY, assert_same_run, epochs, losses, refused
+from helpers import run_log, unix
 
 
 @unix
-def test_a_run_stopped_again_and_again_equals_one_without_a_break(folder, tmp_path_factory):
-    whole = Folder(tmp_path_factory.mktemp("whole"))
-    for each in (folder, whole):
+def test_a_run_stopped_again_and_again_equals_one_without_a_break(folder, other_folder):
+    for each in (folder, other_folder):
         each.edit(num_epochs=5, dropout=0.2)
-    unbroken = whole.run()
-    assert epochs(unbroken.stdout) == [0, 1, 2, 3, 4]
-
+    unbroken = losses(other_folder.run().stdout)
     together, resumed = [], []
     for moment, n, sent, shown in [
             ("measuring", 5, "SIGKILL", [0]),  # all steps of epoch 1 are done, and lost
             ("before saving", 2, "SIGKILL", []),  # between the model and the checkpoint
-            ("before saving", 1, "SIGINT", []),
             ("measuring", 3, "SIGINT", [1]),
             ("after saving", 2, "SIGKILL", []),  # epoch 2 is saved but not announced
-            ("announcing", 1, "SIGKILL", [3])]:  # what is announced is saved
-        arguments = ["--resume"] if together else []
-        stopped = folder.run(*arguments, code=STOP.format(moment=moment, n=n, signal=sent))
-        if arguments:
-            saved = re.search(r"^Resuming after epoch (\d+), val = (\S+)$", stopped.stdout, re.M)
-            resumed.append((int(saved[1]), float(saved[2])))
+            ("announcing", 1, "SIGKILL", [3]),  # what is announced is saved
+            ("never", 1, "SIGKILL", [4])]:
+        code = STOP.format(moment=moment, n=n, signal=sent)
+        stopped = folder.run(*(["--resume"] if together else []), code=code)
+        resumed += re.findall(r"^Resuming after epoch (\d+), val = (\S+)$", stopped.stdout, re.M)
         assert epochs(stopped.stdout) == shown, (moment, stopped.stderr)
         together += losses(stopped.stdout)
         if sent == "SIGINT":
             assert stopped.returncode == 1 and "Traceback" not in stopped.stderr
             assert "stopped" in stopped.stderr
-        else:
+        elif moment != "never":
             assert stopped.returncode == -signal.SIGKILL
-    rest = folder.run("--resume")
-    together += losses(rest.stdout)
-
-    assert epochs(rest.stdout) == [4]
+    assert [int(epoch) for epoch, _ in resumed] == [0, 0, 1, 2, 3]
     if ON_CPU:
-        missing = losses(unbroken.stdout)[2:3]  # epoch 2, which was not announced
-        assert sorted(together + missing) == losses(unbroken.stdout)
-        vals = [(n, val) for n, _, val in losses(unbroken.stdout)]
-        assert resumed == [vals[0], vals[0], vals[0], vals[1], vals[2]]
-    assert_same_run(folder, whole)
+        assert together == [epoch for epoch in unbroken if epoch[0] != 2]
+        assert all(float(val) == unbroken[int(epoch)][2] for epoch, val in resumed)
+    assert_same_run(folder, other_folder)
     assert len(run_log(folder)) == 1 and "previous.safetensors" not in folder.files()
 
 
 @unix
-def test_a_compiled_run_is_resumed_as_exactly(folder, tmp_path_factory, compiled):
-    whole = Folder(tmp_path_factory.mktemp("whole"))
-    for each in (folder, whole):
+def test_a_compiled_run_is_resumed_as_exactly(folder, other_folder, compiled):
+    for each in (folder, other_folder):
         each.edit(dropout=0.2)
     stop = STOP.format(moment="measuring", n=5, signal="SIGKILL")
-    unbroken, stopped = whole.run(compiled=True), folder.run(code=stop, compiled=True)
+    unbroken, stopped = other_folder.run(compiled=True), folder.run(code=stop, compiled=True)
     rest = folder.run("--resume", compiled=True)
     assert epochs(stopped.stdout) == [0] and epochs(rest.stdout) == [1], rest.stderr
     if ON_CPU:
         assert losses(stopped.stdout + rest.stdout) == losses(unbroken.stdout)
-    assert_same_run(folder, whole)
+    assert_same_run(folder, other_folder)
 
 
 @unix
@@ -80,13 +66,11 @@ def test_a_run_stopped_in_its_first_epoch_loses_nothing_and_is_not_confused(trai
     assert all(after[name] == before[name] for name in ("runs.jsonl", "completions.txt"))
     # No checkpoint of the run before may remain beside a model of this one.
     assert "checkpoint.safetensors" not in after
-    kept = {1: "model.safetensors"}.get(n, "previous.safetensors")
+    kept = "model.safetensors" if n == 1 else "previous.safetensors"
     assert after[kept] == before["model.safetensors"]
     assert ("model.safetensors" in after) == (n != 2)
     trained.edit(lr=2e-2, num_epochs=3)  # or it might refuse because the run is finished
-    resumed = trained.run("--resume")
-    assert resumed.returncode == 1 and "checkpoint.safetensors" in resumed.stderr
-    assert trained.files() == after
+    assert "checkpoint.safetensors" in trained.run("--resume").stderr and trained.files() == after
 
 
 def test_two_runs_in_one_folder(folder, command, monkeypatch):
@@ -105,6 +89,10 @@ def test_two_runs_in_one_folder(folder, command, monkeypatch):
     assert len(run_log(folder)) == 2 and not list(folder.path.glob("unfinished-*"))
 
 
+CHANGES = dict(ctx_len=8, n_emb=32, n_heads=4, n_layers=2, dropout=0.1, batch_size=8, lr=2e-2,
+               warmup_steps=4, weight_decay=0.2, beta1=0.8, beta2=0.95, max_norm=2.0, seed=1)
+
+
 @pytest.mark.parametrize("name, value", CHANGES.items())
 def test_resume_refuses_other_settings(trained, tiny, command, name, value):
     tiny(num_epochs=3, **{name: value})
@@ -116,37 +104,37 @@ def test_resume_refuses_other_settings(trained, tiny, command, name, value):
 def test_resume_refuses_a_finished_run_and_another_text(trained, tiny, command):
     assert "num_epochs" in refused(trained, command, "--resume")
     tiny(num_epochs=3)
-    trained.write("input.txt", TEXT[:-3] + TEXT[-2] + TEXT[-3] + "\n")
+    trained.write("input.txt", OTHER_TEXT)
     assert "input.txt" in refused(trained, command, "--resume")
 
 
 def steps_reported(output):
+    """Of each line of progress: the step, the last step, the speed, and the minutes left."""
     found = re.findall(r"^step ([\d,]+)/([\d,]+), .*?([\d,.]+) tokens/s, ([\d.]+) min left",
                        output, re.M)
     return [tuple(float(number.replace(",", "")) for number in row) for row in found]
 
 
-def test_resume_with_more_epochs_and_what_is_told_of_time(folder, tiny, command, clock):
+def test_resume_with_more_epochs_and_what_is_told_of_time(folder, tiny, command, steps):
     first = steps_reported(command()[0])
-    steps = int(first[0][1]) // 2  # in an epoch
-    assert [row[:2] for row in first] == [(step, 2 * steps) for step in range(2, 2 * steps + 1)]
+    n = len(steps.rows)  # in two epochs
     tiny(num_epochs=4, temperature=0.5, top_k=5, max_new_tokens=30)
     output, status = command("--resume")
-    second = steps_reported(output)
     assert status == 0 and epochs(output) == [2, 3]
-    assert [row[:2] for row in second] == [
-        (step, 4 * steps) for step in range(2 * steps + 2, 4 * steps + 1)]
+    second = steps_reported(output)
+    assert [row[:2] for row in first] == [(step, n) for step in range(2, n + 1)]
+    assert [row[:2] for row in second] == [(step, 2 * n) for step in range(n + 2, 2 * n + 1)]
     for step, total, speed, minutes in first + second:
         assert speed == 2  # of 4 * 12 tokens in 20 seconds, rounded; the first step, which
         assert abs(minutes - (total - step) / 3) < 0.06  # compiles, does not count
     one, two = run_log(folder)
-    assert abs(one["minutes"] - (1000 + (2 * steps - 1) * 20) / 60) < 0.06
+    assert abs(one["minutes"] - (1000 + (n - 1) * 20) / 60) < 0.06
     assert abs(two["minutes"] - 2 * one["minutes"]) < 0.11  # of all four epochs
     assert len(two["history"]) == 4 and len(folder.read("completions.txt")) == 30
 
 
-def test_a_pipe_hears_of_progress_every_quarter_of_a_minute(folder, command, clock):
-    clock.seconds = 1
+def test_a_pipe_hears_of_progress_every_quarter_of_a_minute(folder, command, steps):
+    steps.seconds = 1
     output, _ = command()
-    steps = [row[0] for row in steps_reported(output)]
-    assert len(steps) >= 2 and set(np.diff(steps)) == {15} and "\r" not in output
+    reported = [row[0] for row in steps_reported(output)]
+    assert len(reported) >= 2 and set(np.diff(reported)) == {15} and "\r" not in output
