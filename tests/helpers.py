@@ -166,9 +166,10 @@ class Folder:
         return {file.name: file.read_bytes() for file in self.path.iterdir()
                 if file.is_file() and file.name != "train.py"}
 
-    def run(self, *arguments, code=None, compiled=False, launcher=(), variables=None, **options):
-        """Runs train.py with arguments, or else some Python code, in a process of its own."""
-        program = [*launcher, sys.executable, *(["-c", code] if code else ["train.py"])]
+    def run(self, *arguments, script="train.py", code=None, compiled=False, launcher=(),
+            variables=None, **options):
+        """Runs the script, or else some Python code, with arguments in a process of its own."""
+        program = [*launcher, sys.executable, *(["-c", code] if code else [script])]
         environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "PYTHONUTF8": "1"}
         for name in ("PYTHONUNBUFFERED", *(["MLX_DISABLE_COMPILE"] if compiled else [])):
             environment.pop(name, None)
