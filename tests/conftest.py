@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +17,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "lab")]
 
 import mlx.core as mx  # noqa: E402
 import train  # noqa: E402
-from helpers import TINY, Folder, missing, shipped  # noqa: E402
+from helpers import TINY, Folder  # noqa: E402
+
+SHIPPED = 366729240  # the checksum of input.txt
 
 # In a shell's background job Ctrl-C is ignored, also by child processes. Some tests send it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -48,7 +51,11 @@ def command(tiny, monkeypatch, capsys):
 @pytest.fixture(scope="session")
 def shipped_text():
     """The text that comes with train.py. Figures about it hold for no other."""
-    return shipped() or pytest.skip("input.txt is not the text that came with train.py")
+    path = ROOT / "input.txt"
+    content = path.read_bytes().replace(b"\r\n", b"\n") if path.is_file() else b""
+    if zlib.crc32(content) != SHIPPED:
+        pytest.skip("input.txt is not the text that came with train.py")
+    return content.decode()
 
 
 @pytest.fixture
@@ -121,13 +128,7 @@ def steps(monkeypatch):
 
 @pytest.fixture
 def compiled():
-    """Compiles for one test. (Without a compiler, MLX would run the Python code each time.)"""
+    """Compiles for one test."""
     mx.enable_compile()
-    recorded = []
-    function = mx.compile(lambda x: recorded.append(x) or x + x)
-    mx.eval([function(mx.array(1.0)) for _ in range(5)])
-    if len(recorded) == 5:
-        mx.disable_compile()
-        (missing if sys.platform == "linux" else pytest.skip)("no compiler")
     yield
     mx.disable_compile()

@@ -1,6 +1,5 @@
 """What the tests share: tiny settings, edits of train.py, and runs of it in a folder."""
 
-import hashlib
 import json
 import os
 import re
@@ -29,19 +28,11 @@ TEXT += "".join(f"{n} sheep and {n * 7 % 10} goats went over the hill; one came 
                 for n in range(16))
 OTHER_TEXT = TEXT[:-3] + TEXT[-2] + TEXT[-3] + "\n"  # of the same characters
 VOCAB = sorted(set(TEXT))
-SHIPPED = "46191818cac3a9016d23b81f50be44eeb3bc237fa841e839b521c5badcfa357e"  # SHA-256
 
 
 def missing(reason):
     """For what is not found in train.py: a reader may have changed it, but under CI it fails."""
     (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)
-
-
-def shipped():
-    """The text that comes with train.py, or None if input.txt is another one."""
-    path = ROOT / "input.txt"
-    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-    return text if hashlib.sha256(text.encode()).hexdigest() == SHIPPED else None
 
 
 # Edits of the source
@@ -95,11 +86,6 @@ def named(tree):
 def agrees(value, rounded, places):
     """Whether a number that is rounded to so many places can be this value."""
     return abs(value - rounded) <= 0.5000001 * 10**-places
-
-
-def encoded(text):
-    """The tokens of a text, with the vocabulary of TEXT."""
-    return np.array([VOCAB.index(char) for char in text])
 
 
 # What a run prints and leaves
@@ -178,31 +164,22 @@ class Folder:
                               env={**environment, **(variables or {})}, **options)
 
 
-# Runs the script, and kills it or interrupts it at the n-th of some moments.
+# Runs the script, and sends itself a signal at the n-th moment before or after a function runs.
 STOP = """
 import os, signal, sys, train
 sys.stdout.reconfigure(line_buffering=True)
 moments = []
-
 def reach(moment):
     moments.append(moment)
     if moment == {moment!r} and moments.count(moment) == {n}:
         os.kill(os.getpid(), signal.{signal})
-
-def evaluate(*arguments, real=train.evaluate):
-    reach("measuring")
-    return real(*arguments)
-
-def replace(old, new, real=os.replace):
-    reach("before saving")
-    real(old, new)
-    reach("after saving")
-
-def report(title, *arguments, real=train.report):
-    real(title, *arguments)
-    if title.startswith("Epoch"):
-        reach("announcing")
-
-train.evaluate, train.report, os.replace = evaluate, report, replace
+def watch(owner, name):
+    def function(*given, real=getattr(owner, name)):
+        reach("before " + name)
+        result = real(*given)
+        reach("after " + name)
+        return result
+    setattr(owner, name, function)
+watch(train, "evaluate"), watch(os, "replace"), watch(train, "report")
 train.main()
 """

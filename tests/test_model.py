@@ -3,7 +3,6 @@
 After an edit of the model these tests fail, and rightly: the reference is GPT-2.
 """
 
-import doctest
 import math
 
 import mlx.core as mx
@@ -113,8 +112,7 @@ NO_MASK = (r"^ +scores = mx\.where\(causal_mask.*\n", "")
 SPLIT = (r"x = x\.reshape\(B, T, -1, self\.head_size\)", "x = x.reshape(B, -1, T, self.head_size)")
 UNSORTED = (r"return x\.transpose\(0, 2, 1, 3\)", "return x")
 UNMERGED = (r"out = out\.transpose\(0, 2, 1, 3\)", "pass")
-LATE, EARLY, PAST = ((r"return j > i\b", f"return {other}")
-                     for other in ("j > i + 1", "j >= i", "j < i"))
+LATE, PAST = ((r"return j > i\b", f"return {other}") for other in ("j > i + 1", "j < i"))
 
 
 @pytest.mark.parametrize(
@@ -132,15 +130,6 @@ def test_the_guard_is_silent_on_an_honest_model(sizes):
     model = random_model(dropout=0.5, **sizes)
     model.train()
     assert not train.sees_the_future(model)
-
-
-@pytest.mark.parametrize("function, edits", [
-    ("causal_mask", [EARLY]),  # the first position would get nan
-    ("forward_pass", [SPLIT, UNSORTED, UNMERGED])])  # causal, but not GPT-2
-def test_a_doctest_sees_what_the_guard_cannot(function, edits):
-    module = module_from(edited(SOURCE, *edits))
-    [test] = doctest.DocTestFinder().find(getattr(module, function), globs=vars(module))
-    assert doctest.DocTestRunner(verbose=False).run(test, out=lambda _: None).failed > 0
 
 
 def test_a_run_without_a_mask_warns(folder, capsys):

@@ -1,6 +1,5 @@
 """Stopping and resuming."""
 
-import os
 import re
 import signal
 
@@ -17,11 +16,11 @@ def test_a_run_stopped_again_and_again_equals_one_without_a_break(folder, other_
     unbroken = losses(other_folder.run().stdout)
     together, resumed = [], []
     for moment, n, sent, shown in [
-            ("measuring", 5, "SIGKILL", [0]),  # all steps of epoch 1 are done, and lost
-            ("before saving", 2, "SIGKILL", []),  # between the model and the checkpoint
-            ("measuring", 3, "SIGINT", [1]),
-            ("after saving", 2, "SIGKILL", []),  # epoch 2 is saved but not announced
-            ("announcing", 1, "SIGKILL", [3]),  # what is announced is saved
+            ("before evaluate", 5, "SIGKILL", [0]),  # all steps of epoch 1 are done, and lost
+            ("before replace", 2, "SIGKILL", []),  # between the model and the checkpoint
+            ("before evaluate", 3, "SIGINT", [1]),
+            ("after replace", 2, "SIGKILL", []),  # epoch 2 is saved but not announced
+            ("after report", 1, "SIGKILL", [3]),  # what is announced is saved
             ("never", 1, "SIGKILL", [4])]:
         code = STOP.format(moment=moment, n=n, signal=sent)
         stopped = folder.run(*(["--resume"] if together else []), code=code)
@@ -45,7 +44,7 @@ def test_a_run_stopped_again_and_again_equals_one_without_a_break(folder, other_
 def test_a_compiled_run_is_resumed_as_exactly(folder, other_folder, compiled):
     for each in (folder, other_folder):
         each.edit(dropout=0.2)
-    stop = STOP.format(moment="measuring", n=5, signal="SIGKILL")
+    stop = STOP.format(moment="before evaluate", n=5, signal="SIGKILL")
     unbroken, stopped = other_folder.run(compiled=True), folder.run(code=stop, compiled=True)
     rest = folder.run("--resume", compiled=True)
     assert epochs(stopped.stdout) == [0] and epochs(rest.stdout) == [1], rest.stderr
@@ -60,7 +59,7 @@ def test_a_run_stopped_in_its_first_epoch_loses_nothing_and_is_not_confused(trai
     """Killed as it saves: the previous model, then the new model, then the checkpoint."""
     before = trained.files()
     trained.edit(lr=2e-2)
-    stopped = trained.run(code=STOP.format(moment="before saving", n=n, signal="SIGKILL"))
+    stopped = trained.run(code=STOP.format(moment="before replace", n=n, signal="SIGKILL"))
     assert stopped.returncode == -signal.SIGKILL and epochs(stopped.stdout) == []
     after = trained.files()
     assert all(after[name] == before[name] for name in ("runs.jsonl", "completions.txt"))
@@ -71,22 +70,6 @@ def test_a_run_stopped_in_its_first_epoch_loses_nothing_and_is_not_confused(trai
     assert ("model.safetensors" in after) == (n != 2)
     trained.edit(lr=2e-2, num_epochs=3)  # or it might refuse because the run is finished
     assert "checkpoint.safetensors" in trained.run("--resume").stderr and trained.files() == after
-
-
-def test_two_runs_in_one_folder(folder, command, monkeypatch):
-    """A whole run happens while the first one is about to save."""
-    others, replace = [], os.replace
-
-    def slow_replace(old, new):
-        if not others:
-            others.append(folder.run())
-        replace(old, new)
-
-    monkeypatch.setattr(os, "replace", slow_replace)
-    folder.edit(seed=1)
-    output, status = command()
-    assert status == 0 and epochs(output) == epochs(others[0].stdout) == [0, 1], others[0].stderr
-    assert len(run_log(folder)) == 2 and not list(folder.path.glob("unfinished-*"))
 
 
 CHANGES = dict(ctx_len=8, n_emb=32, n_heads=4, n_layers=2, dropout=0.1, batch_size=8, lr=2e-2,
