@@ -1,4 +1,4 @@
-"""Sections 2 to 4: the text, the tokenizer, and the batches. The doctests have simple examples."""
+"""Sections 2 to 4: the text and the batches. (The tokenizer has its doctest.)"""
 
 import numpy as np
 import pytest
@@ -10,19 +10,6 @@ def test_load_text_knows_line_ends_and_byte_order_mark(tmp_path, ends):
     file = tmp_path / "text"
     file.write_bytes(b"\xef\xbb\xbf" + ends.join([b"one", "zwölf 🌙".encode(), b"three"]))
     assert train.load_text(file) == "one\nzwölf 🌙\nthree"
-
-
-@pytest.mark.parametrize("n", [9, 99, 101])
-def test_split_is_nine_to_one(n):
-    first, last = train.split(range(n))
-    assert list(first) + list(last) == list(range(n)) and len(first) == int(0.9 * n)
-
-
-def test_tokenizer_round_trip():
-    text = "Hello, World!\n  床前明月光 🌙🌕 naïve\r\n"
-    tokenizer = train.CharTokenizer(train.build_vocab(text))
-    assert tokenizer.encode(text) == [sorted(set(text)).index(char) for char in text]
-    assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
 T, B = 12, 4
