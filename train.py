@@ -853,7 +853,7 @@ def count_parameters(model):
 # wonderful? Forget the mask, or one transpose, and positions see the answers. The model is quick to
 # find out, and reports a loss that no honest one could reach. This function notices, and train()
 # will call it with each report. (It cannot notice targets that are shifted the wrong way. The model
-# then has only to copy, and the loss falls to @COPY@.)
+# then has only to copy, and the loss falls to 0.05.)
 
 
 def sees_the_future(model):
