@@ -71,7 +71,7 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map_with_path, tree_unflatten
 
 if not hasattr(mx, "new_thread_local_stream"):  # the newest thing that this file uses
-    raise ImportError("this MLX is too old for train.py: pip install --upgrade mlx")
+    raise ImportError("this MLX is too old: pip install --upgrade -r requirements.txt")
 
 # %% 1. Settings
 #
