@@ -352,8 +352,9 @@ def toy_loss(w):
 # A real model has a great many parameters, and a slope, or partial derivative, for each. All of
 # them together, in one long vector, are the *gradient*. If we nudged one parameter at a time, a
 # single step of the default model would need some 600,000 runs. *Backpropagation* gets the whole
-# gradient for the price of about three runs. It rests on the *chain rule*: if one number depends on
-# another, and that on a third, the slopes multiply.
+# gradient for the price of about three runs, one forward, and one backward that costs twice as
+# much. It rests on the *chain rule*: if one number depends on another, and that on a third, the
+# slopes multiply.
 #
 #         slope 3       slope -2
 #     w ----------> z ----------> loss          slope of the loss with respect to w: 3 * -2 = -6
@@ -406,8 +407,8 @@ class GPTConfig:
 # You have read "What is the cou", and you want to guess what comes next. The "u" alone says little.
 # Knowing that "co" came before it says a lot. How can a position get at what stands before it? The
 # crudest way is to average: replace each vector by the mean of its own and all earlier ones. Here
-# are the weights for three positions, in a table with a row for each position that asks and a
-# column for each that answers:
+# are the attention weights (which are not parameters) for three positions, in a table with a row
+# for each position that asks and a column for each that answers:
 #
 #     1    0    0          = softmax(0, -inf, -inf)
 #     1/2  1/2  0          = softmax(0,    0, -inf)
@@ -459,9 +460,10 @@ def causal_mask(T, S):
 #     *key*      what others can find me by
 #     *value*    what I pass on to those who find me
 #
-# All three are made from its vector, each by its own *matrix* of parameters. This is the page to
-# read twice, so take it slowly. A matrix is a table of numbers. Multiply a vector x by a matrix M,
-# x @ M, and you get a new vector: the dot products of x with the columns of M.
+# All three are lists of head_size numbers, made from its vector, each by its own *matrix* of
+# parameters. This is the page to read twice, so take it slowly. A matrix is a table of numbers.
+# Multiply a vector x by a matrix M, x @ M, and you get a new vector: the dot products of x with the
+# columns of M.
 #
 #     x = (1, 2)      M = 3  0      x @ M = (1 * 3 + 2 * 4, 1 * 0 + 2 * 5) = (11, 10)
 #                         4  5
@@ -627,9 +629,10 @@ class MultiHeadAttention(nn.Module):
 # A linear layer can only add up evidence. It cannot say "a c counts only if a space comes before
 # it". Nor could two of them alone, because (x @ M) @ N is x @ (M @ N), and M @ N is just another
 # matrix. A *nonlinearity* (or activation function) must go in between, some function whose graph is
-# not a straight line. The simplest is *ReLU*, max(0, x). GPT-2 uses *GELU*, much the same with the
-# corner rounded off: x times the probability that a random number from the bell curve (mean 0,
-# variance 1) is below x.
+# not a straight line. The simplest is *ReLU*, max(0, x). If c and s are each 0 or 1, then max(0,
+# c + s - 1) is 1 only if both are: a corner in the graph is enough to say "and". GPT-2 uses *GELU*,
+# much the same with the corner rounded off: x times the probability that a random number from the
+# bell curve (mean 0, variance 1) is below x.
 #
 #     x           -3       -0.75    0        1        3
 #     gelu(x)     -0.004   -0.170   0        0.841    2.996
@@ -672,9 +675,10 @@ class MLP(nn.Module):
 # there.
 #
 # But what keeps the stream from growing without end, as layer after layer adds to it? Nothing does.
-# What must not grow with it are the scores, or softmax would saturate. So each layer first passes
-# what it reads from the stream through a *LayerNorm*. It shifts and scales each vector to mean 0
-# and variance 1 (but for a tiny constant, which keeps it from dividing by 0):
+# But what is computed from it must not grow as well: with large scores, for instance, softmax would
+# saturate. So each layer first passes what it reads from the stream through a *LayerNorm*. It
+# shifts and scales each vector to mean 0 and variance 1 (but for a tiny constant, which keeps it
+# from dividing by 0):
 #
 #     x                                   1        2        6
 #     minus the mean, 3                  -2       -1        3
@@ -714,8 +718,9 @@ class Block(nn.Module):
 # the first attention layer, the "a" of "tea" and the "a" of "eta" would get the same average, over
 # an e, a t, and an a. So there is a second table, the *position embedding* wpe, with a row for each
 # position, and the two rows are added. Why add them, rather than put them side by side? Because
-# vectors this long have room for both. And why can the model not see more than ctx_len characters?
-# Because wpe has no more rows.
+# vectors this long have room for both: learning can put what is said about the character and what
+# is said about the place into different directions. And why can the model not see more than ctx_len
+# characters? Because wpe has no more rows.
 #
 # At the other end, after the blocks and one last LayerNorm, ln_f, stands the *output head*, which
 # has nothing to do with attention heads. The logit of a token is the dot product of the vector with
@@ -728,12 +733,13 @@ class Block(nn.Module):
 # equal, would get equal gradients, and would stay equal forever, many numbers doing the work of
 # one. The matrices therefore begin random. (Biases can begin at 0 and gains at 1, since random
 # matrices around them keep things different.) And they begin small. As the rows of wte are small,
-# so are all logits, and at first hardly any token is preferred. That gives us a test: the first
-# loss must lie close to ln vocab_size. It will lie a little above, because the logits are not quite
+# so are all logits, and at first hardly any token is preferred. Equal logits would give each of V
+# tokens the probability 1/V, and a loss of -ln(1/V) = ln V. That gives us a test: the first loss
+# must lie close to ln vocab_size. It will lie a little above, because the logits are not quite
 # equal: each token is preferred or slighted a little, for no reason, and that costs more than it
-# gains. (As input and output share a table, the model also expects each letter to be repeated, with
-# two or three times its share. That costs nothing, since letters do repeat.) An honest beginner
-# knows nothing, and says so.
+# gains. (Since a token's own row is still in the stream when it meets the table again, the model
+# also expects each letter to be repeated, with two or three times its share. That costs nothing,
+# since letters do repeat.) An honest beginner knows nothing, and says so.
 
 
 class GPT(nn.Module):
@@ -1022,23 +1028,24 @@ def type_out(model, tokenizer, prompt):
 # parameters: the slope of one is 0.001 in every batch, that of the other flips between 10 and -10.
 # Surely the first should go ahead, since all batches agree about it, and the second should stay
 # where it is. Slope times any one learning rate would do the opposite. *Adam* does what we want.
-# For each parameter it keeps two moving averages, which both begin at 0: m of its slope g, over
-# some 10 steps, and v of the square of g, over some 100. (We leave out a tiny constant that keeps
-# it from dividing by 0.)
+# For each parameter it keeps two moving averages, which both begin at 0: m of its slope g, over the
+# last 1 / (1 - beta1) = 10 steps or so, and v of the square of g, over the last 100. (We leave out
+# a tiny constant that keeps it from dividing by 0.)
 #
 #     m = beta1 * m + (1 - beta1) * g
 #     v = beta2 * v + (1 - beta2) * g * g
 #     w = w - lr * m / sqrt(v)
 #
 # As sqrt(v) is the typical size of g, dividing by it cancels the size. If g is the same in each
-# step, be it 0.001 or 10, then m / sqrt(v) is 1, and w moves by the full lr. If g alternates
+# step, be it 0.001 or 10, then m / sqrt(v) comes to 1, and w moves by the full lr. If g alternates
 # between 10 and -10, the terms of m mostly cancel while sqrt(v) stays 10, and the ratio is only
 # 0.05. With random signs it is typically 0.23, as you can try in a few lines of Python. In short,
 # where the batches agree, w goes ahead, and where they quarrel, it stays put.
 #
 # AdamW has *weight decay* besides: in each step, it also shrinks w by a small part of itself,
 # lr * weight_decay * w. A weight then stays large only if its gradient keeps insisting. With large
-# weights a model can react sharply to small details, which is one way to memorize.
+# weights a single detail can decide everything, as in a rule that fits one line of the training
+# text and no other.
 
 
 def make_optimizer(total_steps):
@@ -1349,9 +1356,13 @@ def one_line(text):
 #   files (train.MODEL and so on), and call train.train(), which returns the losses.
 # - Some doctests describe GPT-2 with single characters. Once yours is another model, they may fail,
 #   and rightly.
-# - For gradient accumulation, call loss_and_grad on equal parts of the rows in step, and add up two
-#   trees of gradients by mlx.utils.tree_map(mx.add, a, b). It saves memory only if each part waits
-#   for the one before: part = mx.depends([part], [an array of the gradients so far])[0].
+# - To train on several texts, split each of them, and join the parts. Otherwise the validation set
+#   is the end of the last text.
+# - To stop at a certain character, return from the loop in continue_text.
+# - For gradient accumulation, call loss_and_grad on equal parts of the rows in step, add up the
+#   trees of gradients by mlx.utils.tree_map(mx.add, a, b), and divide by the number of parts, all
+#   before clipping. It saves memory only if each part waits for the one before: its
+#   x = mx.depends([x], [an array of the gradients so far])[0].
 
 
 class UserError(Exception):
