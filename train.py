@@ -11,11 +11,11 @@ at a time. On a computer without a GPU we train a small model. Given nothing but
 writes:
 
     untrained            uQv$?Mz &zsLMx3led,qOyxSH'⏎WUkApi:ikizTyBrFNW'.kJXXZbQviZicmMrM
-    after ten seconds    an dhe sand lith mulup, che ke o donow mup ik bre the ka  there!
-    after two minutes    word not call to spamer, and he sleam, swith a strace keep the Ling.
+    after 20 seconds     an dhe sand lith mulup, che ke o donow mup ik bre the ka  there!
+    after four minutes   word not call to spamer, and he sleam, swith a strace keep the Ling.
 
-Two minutes ago it could not tell a vowel from a dollar sign. A Mac's GPU gets a larger model, which
-takes longer, learns to spell, and even keeps to a verse now and then.
+Four minutes ago it could not tell a vowel from a dollar sign. A Mac's GPU gets a larger model,
+which takes longer, learns to spell, and even keeps to a verse now and then.
 
 What happens in between is no magic, and all of the model is in this file. GPT stands for generative
 pre-trained transformer. A *transformer* is one kind of *neural network*, that is, a function with a
@@ -35,7 +35,7 @@ Sections 1 to 11 are the lesson. It takes an afternoon, and needs no more than s
 run, and read from the top while it works. Then change something, run it again, and compare the
 validation loss, which says how badly the model predicts text that it has never seen. Pure guessing
 gets 4.17, and lower is better. On the shipped text, the small model gets 1.53, and the default
-model @DEF@. Try `n_heads = 1` first, or your own text in input.txt. The README has more
+model 1.25. Try `n_heads = 1` first, or your own text in input.txt. The README has more
 experiments, and the steps that lead from GPT-2 to the models of today.
 
 The examples behind >>> are tests. To run them: python -m doctest train.py

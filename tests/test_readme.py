@@ -181,7 +181,8 @@ def test_the_way_back(gpt2, here, monkeypatch, capsys):
     tokens = mx.array(random_tokens(2, 12))
     assert mx.allclose(twin(tokens), model(tokens), atol=1e-5)
     shapes = {name: array.shape for name, array in mx.load("my-gpt2/model.safetensors").items()}
-    assert shapes["h.0.attn.c_attn.weight"] == (16, 48) and shapes["h.0.mlp.c_fc.weight"] == (16, 64)
+    assert shapes["h.0.attn.c_attn.weight"] == (16, 48)
+    assert shapes["h.0.mlp.c_fc.weight"] == (16, 64)
 
 
 # Figures
@@ -226,14 +227,17 @@ def test_the_chart_shows_the_default_model():
 
 def test_the_table_of_losses():
     rows = rows_of("What a loss is worth")
-    for model in ("small", "default"):
+    for model, where in (("small", ["Losses", "small", "Tiny Shakespeare", "0"]),
+                         ("default", ["The replica", "default", "0"])):
         _, shipped, tiny = rows[model]
         assert can_come_from(shipped, [last("Losses", model, "shipped", "0")])
-        assert can_come_from(tiny, [last("Losses", model, "Tiny Shakespeare", "0")])
-    lines = [line.strip("| ").split(" | ") for line in section("Counting", MEASUREMENTS).splitlines()]
-    counted = {line[0]: line[1:] for line in lines}
+        assert can_come_from(tiny, [last(*where)])
+    assert can_come_from(rows["larger, see below"][2], [last("The replica", "larger (3)", "0")])
+    counting = section("Counting", MEASUREMENTS).splitlines()
+    counted = {line[0]: line[1:] for line in (row.strip("| ").split(" | ") for row in counting)}
     names = ["n-gram model, n = 1", "2", "3", "n-gram model, n = 4", "5", "6", "7"]
-    for name, *losses in zip(names, counted["shipped text"], counted["Tiny Shakespeare"], strict=True):
+    texts = counted["shipped text"], counted["Tiny Shakespeare"]
+    for name, *losses in zip(names, *texts, strict=True):
         assert rows[name][1:] == losses
     assert rows["small"][0] == f"{reference.count_parameters(65, 48, 56, 1):,}"
     assert rows["default"][0] == f"{reference.count_parameters(65, 128, 128, 3):,}"
@@ -265,10 +269,25 @@ def test_the_answers_have_the_losses_of_their_experiments():
 
 
 def test_the_table_of_the_ladder():
-    for step, (name, cells) in enumerate(rows_of(LADDER).items()):
-        if name in ("", "---"):
-            continue
-        print(step, name, cells)
+    table = rows_of(LADDER)
+    rows = [table[name] for name in table if name not in ("After step", "---")]
+    noted = [line.split("|")[2:4] for line in section("The ladder", MEASUREMENTS).splitlines()
+             if re.match(r"\| \d\. ", line)]
+    speeds = re.search(r"at ([\d,]+) tokens.*?at (.*)\. A full", MEASUREMENTS, re.S).groups()
+    speeds = [int(n.replace(",", "")) for n in re.findall(r"\d+,\d+", " ".join(speeds))]
+    small = re.sub(r"^small = .*", "small = True", SOURCE, flags=re.M)
+    sources = applied(experiments.ladder, small)
+    for row, losses, speed, source in zip(rows, noted, speeds, sources, strict=True):
+        module = module_from(source)
+        sizes = {name: getattr(module, name) for name in module.GPTConfig.__dataclass_fields__
+                 if hasattr(module, name)}
+        model = module.GPT(module.GPTConfig(vocab_size=65, **sizes))
+        caches = [module.KVCache() for _ in model.blocks]
+        model(mx.zeros((1, module.ctx_len), dtype=mx.int32), caches)
+        size = sum(cache.keys.nbytes + cache.values.nbytes for cache in caches)
+        assert row[2:4] == [f"{module.count_parameters(model):,}", f"{size:,}"]
+        assert can_come_from(row[0], [losses[0]]) and can_come_from(row[1], [losses[1]])
+        assert can_come_from(row[4], [speed / speeds[0]])
 
 
 def test_the_run_that_is_shown():

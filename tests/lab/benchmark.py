@@ -228,12 +228,12 @@ def main():
           f"{train.batch_size} x {train.ctx_len} tokens")
     plain = "the article's loop"
     training({"train.py": ours(train), "train.py, not compiled": ours(train, compiled=False),
-              plain: article(train)}, arguments.seconds,
+              plain: article(module(two_cores=False))}, arguments.seconds,
              STEPS * train.batch_size * train.ctx_len, plain)
     show("Peak memory in training, MiB",
          {"train.py": peak_memory("ours(module())"),
           "train.py, not compiled": peak_memory("ours(module(), compiled=False)"),
-          plain: peak_memory("article(module())")}, 0, "less", plain)
+          plain: peak_memory("article(module(two_cores=False))")}, 0, "less", plain)
     turns = sampling(train)
     times = race(turns, arguments.seconds / 4)
     cached, whole = turns
