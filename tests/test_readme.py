@@ -214,7 +214,7 @@ def losses_in(text):
 
 def rows_of(title):
     """The tables in a section of the README, by the first cell: the other cells of each row."""
-    rows = [[cell.strip(" *") for cell in line.split("|")[1:-1]]
+    rows = [[cell.replace("*", "").strip() for cell in line.split("|")[1:-1]]
             for line in section(title).splitlines() if line.startswith("|")]
     return {row[0]: row[1:] for row in rows}
 
