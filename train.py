@@ -1454,7 +1454,7 @@ def print_settings(tokenizer, settings):
     print(textwrap.fill(", ".join(f"{name}={value}" for name, value in settings.items()), WIDTH))
     print(f"{V} different tokens: {''.join(tokenizer.vocab[:100])!r}")
     print(f"Uniform guessing: loss = ln {V} = {math.log(V):.4f}")
-    print("After the first epoch, you can stop the run by Ctrl-C, and go on with --resume.")
+    print("After the first epoch, you can stop the run with Ctrl-C, and go on with --resume.")
 
 
 def report(title, train_loss, val_loss, model, tokenizer):
