@@ -5,6 +5,7 @@ import re
 import sys
 import types
 
+import benchmark
 import experiments
 import mlx.core as mx
 import numpy as np
@@ -279,12 +280,8 @@ def test_the_table_of_the_ladder():
     sources = applied(experiments.ladder, small)
     for row, losses, speed, source in zip(rows, noted, speeds, sources, strict=True):
         module = module_from(source)
-        sizes = {name: getattr(module, name) for name in module.GPTConfig.__dataclass_fields__
-                 if hasattr(module, name)}
-        model = module.GPT(module.GPTConfig(vocab_size=65, **sizes))
-        caches = [module.KVCache() for _ in model.blocks]
-        model(mx.zeros((1, module.ctx_len), dtype=mx.int32), caches)
-        size = sum(cache.keys.nbytes + cache.values.nbytes for cache in caches)
+        model = benchmark.new_model(module)
+        size = benchmark.cache_bytes(module, model)
         assert row[2:4] == [f"{module.count_parameters(model):,}", f"{size:,}"]
         assert can_come_from(row[0], [losses[0]]) and can_come_from(row[1], [losses[1]])
         assert can_come_from(row[4], [speed / speeds[0]])

@@ -200,6 +200,13 @@ def training(variants, seconds, tokens, baseline):
          baseline)
 
 
+def cache_bytes(train, model):
+    """The size of the caches of a model, when they are full."""
+    caches = [train.KVCache() for _ in model.blocks]
+    model(mx.zeros((1, train.ctx_len), dtype=mx.int32), caches)
+    return sum(cache.keys.nbytes + cache.values.nbytes for cache in caches)
+
+
 def ladder(seconds):
     """Prints the speed, the parameters and the cache of each step of the ladder."""
     for small in (True, False):
@@ -209,11 +216,8 @@ def ladder(seconds):
         training(turns, seconds, STEPS * trains[0].batch_size * trains[0].ctx_len, "step 0")
         for i, train in enumerate(trains):
             model = new_model(train)
-            caches = [train.KVCache() for _ in model.blocks]
-            model(mx.zeros((1, train.ctx_len), dtype=mx.int32), caches)
-            size = sum(cache.keys.nbytes + cache.values.nbytes for cache in caches)
             print(f"  step {i}: {train.count_parameters(model):,} parameters, "
-                  f"a full cache has {size:,} bytes")
+                  f"a full cache has {cache_bytes(train, model):,} bytes")
 
 
 def main():
