@@ -1407,11 +1407,17 @@ def resume_run(model, optimizer, settings):
     history = notes["history"]
     if len(history) >= num_epochs:
         raise UserError("that run is finished: raise num_epochs to keep training")
-    check_match(CHECKPOINT, saved, {"model": model.parameters(), "optimizer": optimizer.state})
+    if shapes(saved) != shapes({"model": model.parameters(), "optimizer": optimizer.state}):
+        raise UserError(f"{CHECKPOINT} does not match train.py: undo edits, or start over")
     model.update(saved["model"])
     optimizer.state = saved["optimizer"]  # a new dict, so call make_step only after this
     print(f"Resuming after epoch {len(history) - 1}, val = {history[-1]['val']:.4f}")
     return history
+
+
+def shapes(tree):
+    """The shape of each array in a tree, by its name."""
+    return {name: array.shape for name, array in tree_flatten(tree)}
 
 
 def changes(old, new, except_for=()):
@@ -1441,8 +1447,6 @@ def check_machines(plan):
     everyone = mx.distributed.all_gather(checksum, group=mx.distributed.init(backend="ring"))
     if mx.any(everyone != checksum):
         raise UserError("the machines differ in input.txt, in their settings, or in their files")
-    if batch_size % len(everyone) != 0:
-        raise UserError(f"{len(everyone)} machines cannot share batch_size = {batch_size} rows")
 
 
 WIDTH = 79  # of a line of output, in characters
@@ -1481,7 +1485,9 @@ class Progress:
         self.step = step
         self.first_step = step + 1
         self.total_steps = total_steps
-        self.in_terminal = hasattr(sys.stdout, "isatty") and sys.stdout.isatty()
+        in_terminal = hasattr(sys.stdout, "isatty") and sys.stdout.isatty()
+        self.pause = 1 if in_terminal else 15  # seconds
+        self.end = "\r" if in_terminal else "\n"  # \r takes the next line back to the start of it
 
     def update(self, loss):
         """Counts a step, whose loss is a scalar array. If it is time to print a line, also checks
@@ -1491,7 +1497,7 @@ class Progress:
             check_finite(loss.item())
             self.started = self.last_print = time.perf_counter()
         now = time.perf_counter()
-        if now - self.last_print < (1 if self.in_terminal else 15):
+        if now - self.last_print < self.pause:
             return
         self.last_print = now
         loss = loss.item()  # not in every step: this waits for the GPU
@@ -1501,11 +1507,8 @@ class Progress:
         minutes_left = (self.total_steps - self.step) / steps_per_second / 60
         line = (f"step {self.step:,}/{self.total_steps:,}, loss {loss:.2f}, "
                 f"{tokens_per_second:,.0f} tokens/s, {minutes_left:.1f} min left")
-        if self.in_terminal:  # \r takes the next line back to the start of this one
-            width = shutil.get_terminal_size().columns - 1
-            print(line.ljust(WIDTH)[:width], end="\r", flush=True)
-        else:
-            print(line, flush=True)
+        width = shutil.get_terminal_size().columns - 1
+        print(line.ljust(WIDTH)[:width], end=self.end, flush=True)
 
 
 def check_finite(loss):
@@ -1554,11 +1557,10 @@ def load_model(path=None):
     weights, notes = load(path)
     try:
         config = GPTConfig(**notes["config"])  # the entries of the dict become the arguments
-    except (KeyError, TypeError):
+        model = GPT(config)
+        model.load_weights(tree_flatten(weights))  # refuses other names or shapes
+    except (KeyError, TypeError, ValueError):
         raise UserError(f"{path} does not match train.py: undo edits, or train again") from None
-    model = GPT(config)
-    check_match(path, weights, model.parameters())
-    model.update(weights)
     model.eval()
     return model, CharTokenizer(notes["vocab"])
 
@@ -1587,14 +1589,6 @@ def load(path):
         return tree_unflatten(arrays), json.loads(metadata["notes"])
     except (RuntimeError, KeyError, ValueError):
         raise UserError(f"cannot read {Path(path).resolve()}: run python train.py first") from None
-
-
-def check_match(path, saved, ours):
-    """Raises UserError unless two trees have the same names and shapes."""
-    saved_shapes = {name: array.shape for name, array in tree_flatten(saved)}
-    our_shapes = {name: array.shape for name, array in tree_flatten(ours)}
-    if saved_shapes != our_shapes:
-        raise UserError(f"{path} does not match train.py: undo edits, or train again")
 
 
 def finish(settings, history):
@@ -1677,16 +1671,17 @@ def main():
         sys.stdout = None  # then print() does nothing
     try:
         if arguments.sample is not None:
-            show_saved_model(type_out, arguments.sample)
+            type_out(*load_model_for(arguments.sample), arguments.sample)
         elif arguments.look is not None:
-            show_saved_model(look, arguments.look)
+            look(*load_model_for(arguments.look), arguments.look)
         else:
             train(arguments.resume)
         print(end="", flush=True)  # may raise BrokenPipeError
     except KeyboardInterrupt:  # Ctrl-C
         sys.exit("\ntrain.py: stopped")
     except BrokenPipeError:  # no one reads on, as after: python train.py --sample | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        with contextlib.suppress(BrokenPipeError):
+            sys.stdout.close()  # or Python would try once more to print the rest
         sys.exit(1)
     except UnicodeDecodeError as error:
         sys.exit(f"train.py: input.txt is not UTF-8: {error}")
@@ -1694,8 +1689,8 @@ def main():
         sys.exit(f"train.py: {error}")
 
 
-def show_saved_model(show, prompt):
-    """Calls show, which is type_out or look, with the saved model. Raises UserError."""
+def load_model_for(prompt):
+    """The saved model and its tokenizer. Raises UserError if they cannot read the prompt."""
     check_settings(SAMPLING)
     model, tokenizer = load_model()
     try:
@@ -1703,7 +1698,7 @@ def show_saved_model(show, prompt):
     except KeyError as error:
         known = "".join(tokenizer.vocab[:100])
         raise UserError(f"the model does not know {error}. It knows {known!r}") from None
-    show(model, tokenizer, prompt)
+    return model, tokenizer
 
 
 if __name__ == "__main__":

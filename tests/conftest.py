@@ -107,7 +107,7 @@ def watch(monkeypatch):
 def steps(monkeypatch):
     """Notes each step of a run, and gives it a time that only steps take: the first 1000 seconds
     (it compiles), each other one as many as the test says."""
-    steps = SimpleNamespace(seconds=20, rows=[], dropout=[])
+    steps = SimpleNamespace(seconds=20, rows=[])
     make_step, clock = train.make_step, [0]
 
     def make_noting_step(model, optimizer):
@@ -116,7 +116,6 @@ def steps(monkeypatch):
         def noting(x, y):
             clock[0] += steps.seconds if len(steps.rows) > first else 1000
             steps.rows.append(x.tolist())
-            steps.dropout.append(model.blocks[0].mlp.dropout.training)
             return step(x, y)
 
         return noting

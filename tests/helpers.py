@@ -20,7 +20,7 @@ ON_CPU = mx.default_device() == mx.cpu  # there, equal runs are equal to the las
 unix = pytest.mark.skipif(os.name == "nt", reason="needs Unix signals, pipes, or terminals")
 
 # Every setting has a value here, so that no test depends on what stands in train.py.
-TINY = dict(ctx_len=12, n_emb=16, n_heads=2, n_layers=1, dropout=0.0, num_epochs=2, batch_size=4,
+TINY = dict(ctx_len=12, n_emb=16, n_heads=2, n_layers=1, dropout=0.0, num_epochs=2, batch_size=8,
             lr=1e-2, warmup_steps=3, weight_decay=0.1, beta1=0.9, beta2=0.99, max_norm=1.0, seed=0,
             max_new_tokens=40, temperature=0.8, top_k=40)
 TEXT = "".join(map(chr, range(32, 127))) + "\n"  # so that it has any plain prompt a reader may try

@@ -72,7 +72,7 @@ def test_a_run_stopped_in_its_first_epoch_loses_nothing_and_is_not_confused(trai
     assert "checkpoint.safetensors" in trained.run("--resume").stderr and trained.files() == after
 
 
-CHANGES = dict(ctx_len=8, n_emb=32, n_heads=4, n_layers=2, dropout=0.1, batch_size=8, lr=2e-2,
+CHANGES = dict(ctx_len=8, n_emb=32, n_heads=4, n_layers=2, dropout=0.1, batch_size=4, lr=2e-2,
                warmup_steps=4, weight_decay=0.2, beta1=0.8, beta2=0.95, max_norm=2.0, seed=1)
 
 
@@ -108,7 +108,7 @@ def test_resume_with_more_epochs_and_what_is_told_of_time(folder, tiny, command,
     assert [row[:2] for row in first] == [(step, n) for step in range(2, n + 1)]
     assert [row[:2] for row in second] == [(step, 2 * n) for step in range(n + 2, 2 * n + 1)]
     for step, total, speed, minutes in first + second:
-        assert speed == 2  # of 4 * 12 tokens in 20 seconds, rounded; the first step, which
+        assert speed == 5  # of 8 * 12 tokens in 20 seconds, rounded; the first step, which
         assert abs(minutes - (total - step) / 3) < 0.06  # compiles, does not count
     one, two = run_log(folder)
     assert abs(one["minutes"] - (1000 + (n - 1) * 20) / 60) < 0.06
@@ -116,7 +116,8 @@ def test_resume_with_more_epochs_and_what_is_told_of_time(folder, tiny, command,
     assert len(two["history"]) == 4 and len(folder.read("completions.txt")) == 30
 
 
-def test_a_pipe_hears_of_progress_every_quarter_of_a_minute(folder, command, steps):
+def test_a_pipe_hears_of_progress_every_quarter_of_a_minute(folder, tiny, command, steps):
+    tiny(num_epochs=4)
     steps.seconds = 1
     output, _ = command()
     reported = [row[0] for row in steps_reported(output)]
