@@ -19,12 +19,11 @@ which takes longer, learns to spell, and even keeps to a verse now and then.
 
 What happens in between is no magic, and all of the model is in this file. GPT stands for generative
 pre-trained transformer. A *transformer* is one kind of *neural network*, that is, a function with a
-great many adjustable numbers. They start out
-random, and so does its writing. We will build this function piece by piece, have it guess at a real
-text, and each time it has guessed, nudge every number in the direction that would have made the
-guess better. Our library is MLX, Apple's own. It works much like NumPy, with two differences that
-matter here: it can use the graphics processor (GPU) of a Mac, and it finds those directions for us,
-all at once.
+great many adjustable numbers. They start out random, and so does its writing. We will build this
+function piece by piece, have it guess at a real text, and each time it has guessed, nudge every
+number in the direction that would have made the guess better. Our library is MLX, Apple's own. It
+works much like NumPy, with two differences that matter here: it can use the graphics processor
+(GPU) of a Mac, and it finds those directions for us, all at once.
 
      1. Settings      5. Loss and learning      9. Generating text       13. The command line
      2. Data          6. Attention             10. Training
@@ -674,11 +673,11 @@ class MLP(nn.Module):
 # slope 1 + f'(x). Thanks to the 1, part of the gradient passes every layer as if the layer were not
 # there.
 #
-# But what keeps the stream from growing without end, as layer after layer adds to it? Nothing does.
-# But what is computed from it must not grow as well: with large scores, for instance, softmax would
-# saturate. So each layer first passes what it reads from the stream through a *LayerNorm*. It
-# shifts and scales each vector to mean 0 and variance 1 (but for a tiny constant, which keeps it
-# from dividing by 0):
+# What keeps the stream from growing, as layer after layer adds to it? Nothing does. But the layers
+# must not be swamped by it: from ever longer vectors they would compute ever larger scores, for
+# instance, and softmax would saturate. So each layer first passes what it reads from the stream
+# through a *LayerNorm*, which shifts and scales each vector to mean 0 and variance 1 (but for a
+# tiny constant, which keeps it from dividing by 0):
 #
 #     x                                   1        2        6
 #     minus the mean, 3                  -2       -1        3
