@@ -15,11 +15,11 @@ writes:
     after four minutes   word not call to spamer, and he sleam, swith a strace keep the Ling.
 
 Four minutes ago it could not tell a vowel from a dollar sign. A Mac's GPU gets a larger model,
-which takes longer, learns to spell, and even keeps to a verse now and then.
+which takes longer, learns to spell, and even keeps to the meter now and then.
 
 What happens in between is no magic, and all of the model is in this file. GPT stands for generative
 pre-trained transformer. A *transformer* is one kind of *neural network*, that is, a function with a
-great many adjustable numbers. They start out random, and so does its writing. We will build this
+great many adjustable numbers. They start out random, and so does what it writes. We will build this
 function piece by piece, have it guess at a real text, and each time it has guessed, nudge every
 number in the direction that would have made the guess better. Our library is MLX, Apple's own. It
 works much like NumPy, with two differences that matter here: it can use the graphics processor
@@ -74,9 +74,10 @@ if not hasattr(mx, "new_thread_local_stream"):  # the newest thing that this fil
 
 # %% 1. Settings
 #
-# The numbers that we choose are called *hyperparameters*; the *parameters* (or weights) are those
-# that training finds. On a first reading, skip this page, since each setting is explained where it
-# is used. Come back to it when you want to play.
+# Which numbers do we choose, and which does the model find for itself? Ours are called
+# *hyperparameters*, and those that training finds are the *parameters*, or weights. On a first
+# reading, skip this page, since each setting is explained where it is used. Come back to it when
+# you want to play.
 #
 # Where a line has two values, the first is for the small model, which a computer without a GPU can
 # train in minutes, and the second for the default model.
@@ -92,7 +93,7 @@ num_epochs = 3 if small else 20  # passes over the training set
 batch_size = 8 if small else 32  # rows of text per step
 lr = 1e-2 if small else 3e-3  # peak learning rate; lower it if the loss jumps around
 
-warmup_steps = 100  # steps until the learning rate peaks; lower it if a run has few steps
+warmup_steps = 100  # steps until the learning rate peaks; use fewer if a run is short
 weight_decay = 0.1 if small else 0.5  # how strongly weights are pulled toward 0
 beta1 = 0.9  # decay rate of AdamW's average of the gradient
 beta2 = 0.99  # decay rate of AdamW's average of the squared gradient
@@ -103,9 +104,9 @@ max_new_tokens = 1000  # length of the generated text, in characters
 temperature = 0.8  # 0: always the most likely character; 1: unchanged; above 1: bolder
 top_k = 40  # choose among the k most likely characters; try 5, or 1000 for all of them
 
-# Their names, to be printed, logged, and compared with those of earlier runs. A setting that you
-# add above joins this list automatically, if its name begins with a lower-case letter and its value
-# is a number, a switch (True or False), or a string.
+# The names of all settings, so that they can be printed, logged, and compared with the settings of
+# earlier runs. A setting that you add above joins this list by itself, if its name begins with a
+# lowercase letter and its value is a number, a switch (True or False), or a string.
 SETTINGS = [name for name, value in globals().items()
             if isinstance(value, (int, float, str)) and name[0].islower()]
 
@@ -113,11 +114,13 @@ SETTINGS = [name for name, value in globals().items()
 #
 # All our data is one text file. The one that comes with this program holds eight plays in
 # Shakespeare's manner, which were written for it. (It begins like the file known as Tiny
-# Shakespeare, but it is another text, so do not compare losses between the two.) If the model has
-# read a line a thousand times, being able to recite it proves nothing. So it learns from the first
-# nine tenths of the text only, the *training set*. The last tenth, the *validation set*, is held
-# out: there we see whether the model has learned something about the language or has merely
-# memorized what it read, which is called *overfitting*.
+# Shakespeare, but it is another text, so do not compare losses between the two.)
+#
+# How will we know whether the model has learned something about the language? If it has read a line
+# a thousand times, being able to recite it proves nothing. So it learns from the first nine tenths
+# of the text only, the *training set*. The last tenth, the *validation set*, is held out, and there
+# we test it. A model that does well on what it has read, and badly on what it has not, has merely
+# memorized, which is called *overfitting*.
 
 
 def load_text(path="input.txt"):
@@ -127,7 +130,7 @@ def load_text(path="input.txt"):
 
 
 def split(text):
-    """The first nine tenths of a text, and the last tenth. It works on arrays as well.
+    """The first nine tenths of a text, and the last tenth. Works on arrays as well.
 
     >>> split("abcdefghij")
     ('abcdefghi', 'j')
@@ -139,15 +142,16 @@ def split(text):
 # %% 3. Tokenizer
 #
 # A neural network computes with numbers, so the text must become numbers before anything else can
-# happen. We cut it into *tokens*, here single characters. The list of all different tokens is the
-# *vocabulary*, and the place of a token in this list is its *token ID*. Like most code, ours simply
-# calls this number the token.
+# happen. How? We cut it into *tokens*, here single characters. The list of all different tokens is
+# the *vocabulary*, and the place of a token in this list is its *token ID*. Like most code, ours
+# simply calls this number the token.
 #
-# GPT-2's own vocabulary, found by *byte-pair encoding*, has 50,257 tokens, from single bytes to
-# whole words. With them, a text is far fewer tokens long: "What is the court" is four of them,
-# where we have 17. But to learn what each of 50,257 tokens means takes more text than we have.
-# Characters are simpler, and the model cannot tell the difference, since all it ever sees is
-# numbers.
+# Why characters, and not words? GPT-2 takes something in between. Its vocabulary, found by
+# *byte-pair encoding*, has 50,257 tokens, from single bytes to whole words, and a text takes far
+# fewer of them. "What is the court", whose last word we will complete many times in this file, is
+# four tokens there, where we have 17. But to learn what each of 50,257 tokens means takes more text
+# than we have. Characters are simpler, and the model cannot tell the difference, since all it ever
+# sees is numbers.
 
 
 def build_vocab(text):
@@ -278,9 +282,9 @@ def count_batches(tokens, ctx_len, batch_size):
 # *n-gram model*, which has no neurons at all. It counts, in the training set, which characters
 # followed each string of n - 1 characters. If "th" was followed by "e" 60 times out of 100, then
 # "e" gets about 0.6 after "th". This is hard to beat, but it has a hole. A character that was never
-# seen there would get p = 0 and an infinite loss. So smoothing takes a little probability from the
-# characters that were seen, and shares it among all, in the proportions that a shorter string
-# suggests. (There are many ways to do this; ours is modified Kneser-Ney.) On the shipped text:
+# seen there would get p = 0 and an infinite loss. So smoothing (there are many ways; ours is
+# modified Kneser-Ney) takes a little probability from the characters that were seen, and shares it
+# among all, in the proportions that a shorter string suggests. On the shipped text:
 #
 #     n        1       2       3       4       5       6       7
 #     loss     3.24    2.36    1.83    1.51    1.38    1.34    1.33
@@ -297,8 +301,10 @@ def loss_fn(model, x, y):
 
 # To learn is to change the parameters so that the loss falls. How do we know which way to change
 # them? Let us try it with a model so small that we can watch. It has one parameter, w, and its
-# language has two letters: 3 of 4 letters are "a", the rest are "b". The logit of "a" is w, and
-# that of "b" is always 0.
+# language has two letters: 3 of 4 letters are "a", and the rest are "b". The logit of "a" is w, and
+# that of "b" is always 0. As exp(0) = 1, softmax gives "a" the probability
+# p = exp(w) / (exp(w) + 1), and "b" gets 1 - p. So in 3 of 4 cases the loss is -ln p, in the others
+# it is -ln(1 - p), and this is its mean:
 
 
 def toy_loss(w):
@@ -331,8 +337,8 @@ def toy_loss(w):
     w = 0.755, slope = -0.070
     w = 0.895, slope = -0.040
     """
-    p = mx.exp(w) / (mx.exp(w) + 1)  # the probability of "a": softmax of w and 0, as exp(0) = 1
-    return -(3 / 4 * mx.log(p) + 1 / 4 * mx.log(1 - p))
+    p = mx.exp(w) / (mx.exp(w) + 1)  # the probability of "a"
+    return -(3 / 4 * mx.log(p) + 1 / 4 * mx.log(1 - p))  # mx.log is ln
 
 
 # It goes on like this, in ever smaller steps:
@@ -348,23 +354,26 @@ def toy_loss(w):
 # With a learning rate of 20, the first step overshoots to w = 5, where the loss is 1.26, worse than
 # at the start.
 #
-# A real model has a great many parameters, and a slope, or partial derivative, for each. All of
-# them together, in one long vector, are the *gradient*. If we nudged one parameter at a time, a
+# A real model has a great many parameters, and a slope, or partial derivative, for each. All the
+# slopes together, in one long vector, are the *gradient*. If we nudged one parameter at a time, a
 # single step of the default model would need some 600,000 runs. *Backpropagation* gets the whole
-# gradient for the price of about three runs, one forward, and one backward that costs twice as
-# much. It rests on the *chain rule*: if one number depends on another, and that on a third, the
+# gradient for the price of about three runs: one forward, and one backward that costs as much as
+# two. It rests on the *chain rule*: if one number depends on another, and that on a third, the
 # slopes multiply.
 #
 #         slope 3       slope -2
 #     w ----------> z ----------> loss          slope of the loss with respect to w: 3 * -2 = -6
+#                   ^
+#     u ------------+                           slope of the loss with respect to u: 5 * -2 = -10
+#         slope 5
 #
 # If z grows 3 times as fast as w, and the loss falls 2 times as fast as z grows, then the loss
 # falls 6 times as fast as w grows. Because every operation knows its own slope (that of x * x is
-# 2 * x), the program can run the model once to find the loss, which is the *forward pass*, and then
-# walk back from the loss, multiplying slopes as it goes, which is the *backward pass*. If this
-# looks too simple to be the whole secret, look again at the -2. It is found once, and serves every
-# parameter that z depends on. Where a number is used in several places, its slopes add up:
-# 3 * w + 2 * w has slope 5.
+# 2 * x), the program can run the model once to find the loss (the *forward pass*), and then walk
+# back from the loss, multiplying slopes as it goes (the *backward pass*). If this looks too simple
+# to be the whole secret, look again at the -2. It is found once, and serves both w and u, and
+# whatever else z depends on, so one walk back serves all parameters. And where a number is used in
+# several places, its slopes add up: 3 * w + 2 * w has slope 5.
 
 # %% 6. Attention
 #
@@ -405,19 +414,20 @@ class GPTConfig:
 
 # You have read "What is the cou", and you want to guess what comes next. The "u" alone says little.
 # Knowing that "co" came before it says a lot. How can a position get at what stands before it? The
-# crudest way is to average: replace each vector by the mean of its own and all earlier ones. Here
-# are the attention weights (which are not parameters) for three positions, in a table with a row
-# for each position that asks and a column for each that answers:
+# crudest way is to average: replace each vector by the mean of itself and all earlier ones. Here
+# are the shares that go into each mean, the *attention weights*, for three positions. (They are
+# called weights, but they are no parameters.) Each row belongs to a position that asks, and each
+# column to one that answers:
 #
 #     1    0    0          = softmax(0, -inf, -inf)
 #     1/2  1/2  0          = softmax(0,    0, -inf)
 #     1/3  1/3  1/3        = softmax(0,    0,    0)
 #
-# The zeros in the upper right corner are there for a reason. The position to the right holds the
-# very answer that we ask for. A model that saw it would learn to copy and nothing else, but when it
-# has to write, there is nothing to its right to copy. Now the right half of the table makes sense.
-# Softmax turns equal numbers into equal weights, and -inf into exactly 0, because exp(-inf) = 0.
-# The places that get -inf form the *causal mask*:
+# The zeros in the upper right corner are there for a reason. The next position holds the very
+# answer that we ask for. A model that saw it would learn to copy and nothing else, but when it has
+# to write, there is no next position to copy from. Now the softmax beside the table makes sense. It
+# turns equal numbers into equal weights, and -inf into exactly 0, because exp(-inf) = 0. The places
+# that get -inf form the *causal mask*:
 
 
 def causal_mask(T, S):
@@ -459,21 +469,22 @@ def causal_mask(T, S):
 #     *key*      what others can find me by
 #     *value*    what I pass on to those who find me
 #
-# All three are lists of head_size numbers, made from its vector, each by its own *matrix* of
-# parameters. This is the page to read twice, so take it slowly. A matrix is a table of numbers.
-# Multiply a vector x by a matrix M, x @ M, and you get a new vector: the dot products of x with the
-# columns of M.
+# All three are lists of head_size numbers (8 of them in our small model; how many is right, we will
+# see). They are made from the vector of the position, each by its own *matrix* of parameters. This
+# is the page to read twice, so take it slowly. A matrix is a table of numbers. Multiply a vector x
+# by a matrix M, x @ M, and you get a new vector: the dot products of x with the columns of M.
 #
 #     x = (1, 2)      M = 3  0      x @ M = (1 * 3 + 2 * 4, 1 * 0 + 2 * 5) = (11, 10)
 #                         4  5
 #
-# So every number in a query is the answer to a question about x, and learning finds the questions.
-# If x has many rows, x @ M does this to each of them.
+# So every number in x @ M measures something about x, and learning finds out what is worth
+# measuring. If x has many rows, x @ M does this to each of them.
 #
 # The score of position i for position j is the dot product of i's query and j's key. To get all
-# scores at once, we need the dot product of each row of q with each row of k. Because a matrix
-# product goes by columns, k is first transposed: k.mT is k with its rows turned into columns, and
-# q @ k.mT is the table of all scores.
+# scores at once, we put all queries into the rows of a table q, and all keys into those of a table
+# k. Then we need the dot product of each row of q with each row of k. Because a matrix product goes
+# by columns, k is first transposed: k.mT is k with its rows turned into columns, and q @ k.mT is
+# the table of all scores.
 
 
 def attention_weights(q, k):
@@ -481,9 +492,11 @@ def attention_weights(q, k):
 
     q is (..., T, head_size), k is (..., S, head_size), and the result is (..., T, S), with a row
     for each query and a column for each key. The dots stand for any axes before these. Elsewhere,
-    head_size is called d_k. With the values, weights @ v, this is *scaled dot-product attention*.
+    head_size is called d_k, and what this function begins and weights @ v completes is called
+    *scaled dot-product attention*.
 
-    Here are three positions, whose queries and keys have two numbers each:
+    Here are three positions, whose queries and keys have two numbers each. Before softmax, their
+    scores are divided by sqrt(2); we come to that.
 
     >>> q = mx.array([[1.0, 0.0], [3.0, 0.0], [0.0, 3.0]])
     >>> k = mx.array([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
@@ -520,10 +533,10 @@ def attention_weights(q, k):
 # the larger their dot product tends to be, and large scores bring learning to a halt.
 #
 # Suppose that all of them are random and independent, with mean 0 and variance 1. (The variance is
-# the mean of their squares, and its root is their typical size.) Then each product has variance 1
-# as well, and because variances of independent numbers add up, the sum of head_size products has
-# variance head_size. Its typical size is the root of that, sqrt(head_size). Now watch what this
-# does to softmax, if one score is that large and another is 0:
+# then the mean of their squares, and its root, the *standard deviation*, is their typical size.)
+# Then each product has variance 1 as well, and because variances of independent numbers add up, the
+# sum of head_size products has variance head_size. Its typical size is the root of that,
+# sqrt(head_size). Now watch what this does to softmax, if one score is that large and another is 0:
 #
 #     head_size              1        8        32       128
 #     sqrt(head_size)        1        2.83     5.66     11.31
@@ -556,6 +569,9 @@ class MultiHeadAttention(nn.Module):
 
         (B, n_heads, T, head_size) @ (B, n_heads, head_size, T) = (B, n_heads, T, T)
 
+    In the end, c_proj mixes what the heads have found. Without it, each head could only ever change
+    its own part of the vector.
+
     MLX offers scores, mask, softmax, and average as one fast function,
     mx.fast.scaled_dot_product_attention. But it has no dropout and keeps the weights to itself, and
     they are what we came to see.
@@ -572,9 +588,10 @@ class MultiHeadAttention(nn.Module):
         self.c_proj = nn.Linear(config.n_emb, config.n_emb)  # mixes what the heads have found
         # *Dropout* sets a fraction of its input, chosen at random, to 0, and scales up the rest to
         # make up for it. It sounds like sabotage, and it is. As no part can rely on any single
-        # number, memorizing becomes hard, which is one kind of *regularization*. (In runs as short
-        # as ours, weight decay serves better, so the settings above have it at 0.) It acts only in
-        # training: model.train() turns it on, and model.eval() off.
+        # number, memorizing becomes hard. Such measures against overfitting are called
+        # *regularization*. (In runs as short as ours, weight decay does it better, so in the
+        # settings above dropout is 0.) Dropout acts only in training: model.train() turns it on,
+        # and model.eval() off.
         self.attn_dropout = nn.Dropout(config.dropout)
         self.resid_dropout = nn.Dropout(config.dropout)  # residual: see section 7
 
@@ -613,8 +630,7 @@ class MultiHeadAttention(nn.Module):
 
 # A curiosity: the bias of k_proj has no effect whatever. It adds the same number, the dot product
 # of query and bias, to all scores in a row, and softmax does not notice. GPT-2 has it all the same.
-# The smallest of OpenAI's models carries 9,216 of these numbers, trained with care and good for
-# nothing.
+# Even the smallest one carries 9,216 of these numbers, trained with care and good for nothing.
 
 # %% 7. MLP and block
 #
@@ -640,8 +656,9 @@ class MultiHeadAttention(nn.Module):
 # in capitals?") The first layer, c_fc, asks them all. GELU turns a clear no into nearly 0 and lets
 # a yes pass, and c_proj translates what was answered into a change to the vector.
 #
-# (The factor of 4 is a convention, and fc stands for "fully connected". OpenAI's code computes GELU
-# by a formula that is off by less than 0.0005, which in MLX is called gelu_approx.)
+# The factor of 4 is a convention, and so are the names: fc stands for "fully connected", and the c
+# for the convolution as which OpenAI's code writes a linear layer. It computes GELU by a formula
+# that is off by less than 0.0005. In MLX, that formula is called gelu_approx.
 
 
 class MLP(nn.Module):
@@ -717,9 +734,10 @@ class Block(nn.Module):
 # the first attention layer, the "a" of "tea" and the "a" of "eta" would get the same average, over
 # an e, a t, and an a. So there is a second table, the *position embedding* wpe, with a row for each
 # position, and the two rows are added. Why add them, rather than put them side by side? Because
-# vectors this long have room for both: learning can put what is said about the character and what
-# is said about the place into different directions. And why can the model not see more than ctx_len
-# characters? Because wpe has no more rows.
+# vectors this long have room for both. If what is said about the character points in one direction,
+# say (5, 0), and what is said about the place in another, say (0, 3), then both can still be read
+# off their sum, (5, 3), and learning can see to it that they do. And why can the model not see more
+# than ctx_len characters? Because wpe has no more rows.
 #
 # At the other end, after the blocks and one last LayerNorm, ln_f, stands the *output head*, which
 # has nothing to do with attention heads. The logit of a token is the dot product of the vector with
@@ -732,13 +750,12 @@ class Block(nn.Module):
 # equal, would get equal gradients, and would stay equal forever, many numbers doing the work of
 # one. The matrices therefore begin random. (Biases can begin at 0 and gains at 1, since random
 # matrices around them keep things different.) And they begin small. As the rows of wte are small,
-# so are all logits, and at first hardly any token is preferred. Equal logits would give each of V
+# so are all logits, and at first no token is preferred by much. Equal logits would give each of V
 # tokens the probability 1/V, and a loss of -ln(1/V) = ln V. That gives us a test: the first loss
-# must lie close to ln vocab_size. It will lie a little above, because the logits are not quite
-# equal: each token is preferred or slighted a little, for no reason, and that costs more than it
-# gains. (Since a token's own row is still in the stream when it meets the table again, the model
-# also expects each letter to be repeated, with two or three times its share. That costs nothing,
-# since letters do repeat.) An honest beginner knows nothing, and says so.
+# must lie close to ln vocab_size. It will lie a little above. As the logits are not quite equal,
+# each token is preferred or slighted a little, for no reason, and that costs more than it gains. If
+# two tokens should get 1/2 each, and get 0.6 and 0.4, the mean of -ln p is 0.714, where ln 2 is
+# 0.693. An honest beginner knows nothing, and says so.
 
 
 class GPT(nn.Module):
@@ -770,9 +787,9 @@ class GPT(nn.Module):
                              f"one, or, if it is a constant, begin its name with _")
         if weight.ndim == 1:  # the gains of LayerNorm
             return mx.ones_like(weight)
-        # GPT-2's standard deviation. There, a layer that receives 768 numbers of size 1 gives out
-        # numbers of size 0.02 * sqrt(768) = 0.55. In our narrower models they begin smaller, and
-        # grow. (OpenAI's code has 0.01 for wpe.)
+        # std is the standard deviation, and 0.02 is GPT-2's. There, a layer that receives 768
+        # numbers of size 1 gives out numbers of size 0.02 * sqrt(768) = 0.55. In our narrower
+        # models they begin smaller, and grow. (OpenAI's code has 0.01 for wpe.)
         std = 0.02
         if name.endswith("c_proj.weight"):
             # Each block adds the outputs of two c_proj layers to the residual stream. A sum of N
@@ -829,11 +846,11 @@ def forward_pass(model, tokens):
 #
 #     wte          65 x 128                                    8,320
 #     wpe         128 x 128                                   16,384
-#     a block     ln_1 and ln_2                  512                       4 x 128
-#                 attn: q, k, v           3 x 16,512                       128 x 128 + 128 each
+#     a block     ln_1 and ln_2                  512        two gains and two biases of 128
+#                 attn: q, k, v           3 x 16,512        128 x 128 + 128 each
 #                      c_proj                 16,512
-#                 mlp: c_fc                   66,048
-#                      c_proj                 65,664
+#                 mlp: c_fc                   66,048        128 x 512 + 512
+#                      c_proj                 65,664        512 x 128 + 128
 #                                            198,272   x 3   594,816
 #     ln_f                                                       256
 #                                                            619,776
@@ -872,9 +889,9 @@ def sees_the_future(model):
     """
     model.eval()
     tokens = mx.zeros((1, model.config.ctx_len), dtype=mx.int32)  # (1, ctx_len)
-    before = model(tokens)  # (1, ctx_len, vocab_size)
-    tokens[:, -1] = model.config.vocab_size - 1  # another last token
-    change = mx.abs(model(tokens) - before)  # (1, ctx_len, vocab_size)
+    changed = mx.zeros_like(tokens)  # (1, ctx_len)
+    changed[:, -1] = model.config.vocab_size - 1  # another last token
+    change = mx.abs(model(changed) - model(tokens))  # (1, ctx_len, vocab_size)
     return mx.any(change[:, :-1] > 0).item()  # no rounding: the same numbers give the same result
 
 
@@ -911,7 +928,8 @@ def sees_the_future(model):
 def sample(logits, temperature=1.0, top_k=None):
     """Draws a token, an int, from logits (vocab_size,).
 
-    temperature=0 is greedy. With top_k, only the top_k most likely tokens can be drawn.
+    temperature=0 is greedy. With top_k, only the top_k most likely tokens can be drawn; with None,
+    all of them.
     """
     if temperature == 0:
         return mx.argmax(logits).item()
@@ -999,7 +1017,7 @@ def continue_text(model, tokenizer, prompt, length):
     character that the model does not know.
     """
     mx.random.seed(seed)
-    tokens = tokenizer.encode(prompt) or [0]  # without a prompt: the first token of the vocabulary
+    tokens = tokenizer.encode(prompt) or [0]  # no prompt: token 0, here the newline
     for token in generate(model, tokens, length, temperature, top_k):
         yield tokenizer.decode([token])
 
@@ -1024,12 +1042,12 @@ def type_out(model, tokenizer, prompt):
 # gradient descent.
 #
 # How far should a parameter move? In section 5 it was learning rate times slope. But take two
-# parameters: the slope of one is 0.001 in every batch, that of the other flips between 10 and -10.
-# Surely the first should go ahead, since all batches agree about it, and the second should stay
-# where it is. Slope times any one learning rate would do the opposite. *Adam* does what we want.
-# For each parameter it keeps two moving averages, which both begin at 0: m of its slope g, over the
-# last 1 / (1 - beta1) = 10 steps or so, and v of the square of g, over the last 100. (We leave out
-# a tiny constant that keeps it from dividing by 0.)
+# parameters: the slope of one is 0.001 in every batch, and that of the other flips between 10 and
+# -10. Surely the first should go ahead, since all batches agree about it, and the second should
+# stay where it is. Slope times any one learning rate would do the opposite. *Adam* does what we
+# want. For each parameter it keeps two moving averages, which both begin at 0: m of its slope g,
+# over the last 1 / (1 - beta1) = 10 steps or so, and v of the square of g, over the last 100. (We
+# leave out a tiny constant that keeps it from dividing by 0.)
 #
 #     m = beta1 * m + (1 - beta1) * g
 #     v = beta2 * v + (1 - beta2) * g * g
@@ -1038,7 +1056,7 @@ def type_out(model, tokenizer, prompt):
 # As sqrt(v) is the typical size of g, dividing by it cancels the size. If g is the same in each
 # step, be it 0.001 or 10, then m / sqrt(v) comes to 1, and w moves by the full lr. If g alternates
 # between 10 and -10, the terms of m mostly cancel while sqrt(v) stays 10, and the ratio is only
-# 0.05. With random signs it is typically 0.23, as you can try in a few lines of Python. In short,
+# 0.05. With random signs it is typically 0.23, as you can check in a few lines of Python. In short,
 # where the batches agree, w goes ahead, and where they quarrel, it stays put.
 #
 # AdamW has *weight decay* besides: in each step, it also shrinks w by a small part of itself,
@@ -1058,12 +1076,12 @@ def make_optimizer(total_steps):
     Why does it rise? In the very first step, m / sqrt(v) is 1 or -1, however small g is, so each
     parameter would move by the full lr on the word of a single batch. During *warmup*, while m and
     v gather evidence, steps are kept short. And why does it fall? Near the goal the batches quarrel
-    about every parameter, which keeps it jumping around. Only a lower rate lets it settle. (The
-    two lines meet a little below lr, and far below it in a run of few steps.)
+    about every parameter, which keeps it jumping around. Only a lower rate lets it settle. In a
+    run of few steps, the two lines meet far below lr, so use a shorter warmup there.
     """
 
-    # AdamW calls this with the step, an unsigned mx.array (beware of step - 100, which would wrap
-    # around below 0), and expects an mx.array. For half a cosine wave instead:
+    # AdamW calls this with the number of the step, an mx.array, and wants an mx.array back. (It is
+    # unsigned: step - 100 would wrap around below 0.) Many let the rate fall as half a cosine wave:
     #     fall = (1 + mx.cos(math.pi * step / total_steps)) / 2
     # For a constant rate after the warmup: return lr * mx.minimum(rise, 1)
     def learning_rate(step):
@@ -1085,43 +1103,49 @@ def make_optimizer(total_steps):
     return optim.MultiOptimizer([decayed, others], [is_decayed])
 
 
-# Before we write the step itself, it helps to know three things about MLX.
+# Before we write the step itself, meet three habits of MLX, each of which is a help, and two of
+# which will trip you up one day if nobody has warned you.
 #
-# It is lazy. `a + b` computes nothing; it only adds a node to a computation graph. The work is done
-# when somebody needs a value: .item(), print, or mx.eval. That lets MLX see a whole step before it
-# computes any of it. The catch is that a loop in which nobody ever asks for a value computes
-# nothing at all, while its graph grows and grows.
+# It is lazy. Ask for `a + b`, and it computes nothing; it only notes, in a *computation graph*,
+# that there is something to add. The work is done when somebody needs a value: .item(), print, or
+# mx.eval. That lets MLX see a whole step before it computes any of it. The catch? A loop in which
+# nobody ever asks for a value computes nothing at all, while its graph grows and grows.
 #
-# It differentiates. We never write a backward pass, because nn.value_and_grad(model, loss_fn) is a
-# function that returns the loss and the gradient, a tree of the same form as the parameters.
+# It differentiates. That is why you find no backward pass in this file: nn.value_and_grad(model,
+# loss_fn) is a function that returns the loss and the gradient, a tree of the same form as the
+# parameters.
 #
-# It compiles. When you first call a function that went through mx.compile, its Python code runs
+# And it compiles. When you first call a function that went through mx.compile, its Python code runs
 # once, and MLX records the operations on arrays. All later calls replay the recording. (If the
 # inputs have other shapes or types, MLX records again.) That is faster, since Python is out of the
-# loop and small operations are merged. The catch is the same as the gain: no Python runs.
+# loop and small operations are merged. Here, the catch is the same as the gain: no Python runs.
+# What does that do to the code inside?
 #
 #     print("hello")                 prints only while MLX records
 #     print(loss.item())             fails: while MLX records, there is no value yet
-#     max_norm or lr, set later      keep their old values
+#     max_norm and lr, set later     keep their old values
 #     dropout                        stays on if it was on in the first call
 #     parameters, m, v, step count   do change: they are in the list `state` below
-#     schedule, random numbers       do change, for the same reason
+#     random numbers                 do change, for the same reason
 #
-# While you experiment inside step, write `return step` in the last line, and it is plain Python
-# again. If it fails while MLX records, the parameters may no longer hold numbers: restart Python.
+# While you experiment inside step, let make_step end with `return step`, and step is plain Python
+# again. If a compiled step fails while MLX records it, the parameters may no longer hold numbers:
+# restart Python.
 
 
 def make_step(model, optimizer):
     """Returns a function step(x, y), which trains the model on a batch and returns its loss."""
     loss_and_grad = nn.value_and_grad(model, loss_fn)  # or with a loss of your own
-    world = mx.distributed.init(backend="ring")  # the machines that share a batch: mostly just one
-    mine = slice(world.rank(), None, world.size())  # the rows for this one: if it is alone, all
+    # The lines with `world` and `mine` are for several machines that share each batch (section 12).
+    # On a single machine, they change nothing.
+    world = mx.distributed.init(backend="ring")
+    mine = slice(world.rank(), None, world.size())  # this machine's rows: if it is alone, all
 
     def step(x, y):
         loss, grads = loss_and_grad(model, x[mine], y[mine])
         grads = nn.average_gradients(grads, world)
         # *Gradient clipping*: if the gradient as a whole is longer than max_norm, it is scaled down
-        # to that length. Otherwise a single odd batch would linger in m and v.
+        # to that length. Without this, a single odd batch would linger in m and v.
         grads, _ = optim.clip_grad_norm(grads, max_norm)
         optimizer.update(model, grads)
         return loss
@@ -1137,7 +1161,7 @@ def make_step(model, optimizer):
 # text, more dropout or weight decay, or a smaller model. We keep the weights of the epoch that did
 # best, which is *early stopping* in its laziest form. Strictly speaking, the loss that we report is
 # then a little flattering, being the lowest of several on the same text. The remedy would be to
-# hold out a third part, the *test set*.
+# hold out one more part, the *test set*.
 
 
 def evaluate(model, tokens):
@@ -1150,8 +1174,8 @@ def evaluate(model, tokens):
     return total / count
 
 
-# Here, then, is what a run of the small model prints, without the progress lines. Under each line
-# of losses is what it writes at that time, and once, after 500 steps, such a line comes alone.
+# Here, then, is the heart of what a run of the small model prints: the losses, and under them what
+# the model writes at that time. Once, after 500 steps, a line of its writing comes alone.
 #
 #     Untrained | train = 4.1989 | val = 4.2001 | perplexity 66.7
 #               uQv$?Mz &zsLMx3led,qOyxSH'⏎WUkApi:ikizTyBrFNW'.kJXXZbQviZicmMrM'bzxII
@@ -1166,8 +1190,9 @@ def evaluate(model, tokens):
 # Watch it learn. The first loss lies where it must, a little above 4.17. After 500 steps it has
 # found out about spaces, vowels, and the length of words. After one epoch it has beaten n = 3, and
 # knows that in a play, a speech begins with a name in capitals and a colon. In the end it is close
-# to n = 4. (The two sets are mostly from different plays, so one may be a little easier than the
-# other.) Nobody has told it any of this. All it ever got was the next character.
+# to n = 4. (Can the loss on the text that it has not read be the lower one, as after epoch 0? Yes:
+# the two sets are mostly from different plays, and one may be a little easier.) Nobody has told it
+# any of this. All it ever got was the next character.
 #
 # And this is the run itself, from the file to the finished model. What you have not met yet has a
 # name that says what it does, and follows in section 12, in the same order.
@@ -1193,7 +1218,7 @@ def train(resume=False):
                           n_heads=n_heads, n_layers=n_layers, dropout=dropout))
     optimizer = make_optimizer(total_steps)
     optimizer.init(model.trainable_parameters())  # creates m and v
-    settings = run_settings(text, model)
+    settings = collect_settings(text, model)
     history = []  # for each epoch, its losses, and how many minutes it took
     if resume:
         history = resume_run(model, optimizer, settings)
@@ -1252,13 +1277,13 @@ def train(resume=False):
 #
 # The surprise is the loss at each character. It is high where a word begins, and low once the rest
 # can be guessed: after "Wha", a "t" is no news at all. Each head has a row, which shows what the
-# last position, the "u", attends to. Head 6 attends to the letter before it. Heads 0, 2, 3, and 4
-# have all settled on the one before that, and head 1 on the one before that one, which is a space.
-# So between them they have collected " cou", and the model expects an "n", an "r", or an "l", as in
-# "count", "court", and "could". We gave it queries and keys made of random numbers. Out of these,
-# following slopes downhill, it has built the very thing that section 5 called hard to beat: it has
-# reinvented the n-gram. Only head 5 has other interests, far back in the line. With more blocks,
-# heads attend to what other heads have found, and things become less easy to read off.
+# last position, the "u", attends to. Head 6 attends to the "o" before it. Heads 0, 2, 3, and 4 have
+# all settled on the "c" before that, and head 1 on the space before the "c". With the "u" itself,
+# that makes " cou", and the model expects an "n", an "r", or an "l", as in "count", "court", and
+# "could". We gave it queries and keys made of random numbers. Out of these, following slopes
+# downhill, it has built the very thing that section 5 called hard to beat: it has reinvented the
+# n-gram. Only head 5 has other interests, far back in the line. With more blocks, heads attend to
+# what other heads have found, and things become less easy to read off.
 
 
 def look(model, tokenizer, prompt):
@@ -1287,6 +1312,7 @@ def look(model, tokenizer, prompt):
     print(" " * 18 + one_line(tokenizer.decode(tokens)))
     log_p = nn.log_softmax(logits)  # (T, vocab_size)
     uniform = math.log(len(tokenizer.vocab))  # a full bar: no better than a uniform guess
+    # Position i predicts tokens[i + 1], which is number i of tokens[1:].
     surprise = [-log_p[i, token].item() / uniform for i, token in enumerate(tokens[1:])]
     print("surprise".ljust(19) + bars(surprise))  # nothing predicts the first character
     for i, weights in enumerate(recorded):
@@ -1317,7 +1343,7 @@ def one_line(text):
 # This is where the lesson ends. What should you do now? Change something, and guess what it will do
 # before you run it. The README has experiments, and tested diffs for the parts of today's models
 # (RMSNorm, no biases, rotary positions, SwiGLU, grouped queries, Muon). The next section begins
-# with what is good to know before you change the model.
+# with what is good to know before you change anything.
 #
 # What should you read next? Attention and the transformer: Vaswani et al., Attention Is All You
 # Need, 2017. GPT-2: Radford et al., Language Models are Unsupervised Multitask Learners, 2019.
@@ -1329,25 +1355,25 @@ def one_line(text):
 # And then look back to the first page. GPT-2 guesses what comes next, and that is all it can do.
 # You have now seen every part of the model, and nothing was hidden. Make our default model a
 # hundred times as wide and thirty times as deep, feed it the internet, and you have GPT-3. And yet
-# no line of this file says what a word is, or a verse, or a speaker. It follows slopes downhill,
-# and that is what it finds there.
+# no line of this file says what a word is, or a verse, or a speaker. The model follows slopes
+# downhill, and this is what it finds there.
 
 # %% 12. The parts of a run
 #
 # Here are the helpers that train() calls, in the order in which it calls them. There is nothing new
-# about GPT in them. But first, if you change the model:
+# about GPT in them. But first, what is good to know before you change anything:
 #
 # - init_weight goes by name. In a layer of your own, call matrices and gains `weight` and biases
 #   `bias`. (nn.PReLU then starts with a slope of 1, doing nothing.) And 0.02 is for wide layers: in
 #   a narrow model, a layer that multiplies two outputs, as SwiGLU does, starts nearly dead.
 # - is_decayed goes by name as well, and takes all matrices in `blocks`.
 # - A new size must be added in three places: the settings, GPTConfig (last and with a default, so
-#   that older files still load), and the call of GPTConfig in train(). Then check that
+#   that older files still load), and the call to GPTConfig in train(). Then check that
 #   `parameters`, in the first lines of a run, has changed.
-# - For positions as rotations (RoPE), rotate q and k just before the cache. The position of the
-#   first one is cache.offset, or 0 without a cache. Validation never uses the cache, so a mistake
-#   there spoils only the writing; the doctest of KVCache would tell.
-# - To save in mid-epoch, call save_model with a file name of your own, which ends in .safetensors.
+# - For positions as rotations (RoPE), rotate q and k just before the cache. Their first position is
+#   cache.offset, or 0 without a cache. Validation never uses the cache, so a mistake there spoils
+#   only the writing; the doctest of KVCache would tell.
+# - To save in mid-epoch, call save_model with a file name of your own that ends in .safetensors.
 # - If your tokens are not characters, do not compare losses with ours: a loss is per token.
 # - All numbers are float32, good for about seven digits. The bfloat16 of large models has fewer
 #   than three. There, 1 + 0.001 is still 1, so gains that begin at 1 hardly move.
@@ -1358,10 +1384,10 @@ def one_line(text):
 # - To train on several texts, split each of them, and join the parts. Otherwise the validation set
 #   is the end of the last text.
 # - To stop at a certain character, return from the loop in continue_text.
-# - For gradient accumulation, call loss_and_grad on equal parts of the rows in step, add up the
-#   trees of gradients by mlx.utils.tree_map(mx.add, a, b), and divide by the number of parts, all
-#   before clipping. It saves memory only if each part waits for the one before: its
-#   x = mx.depends([x], [an array of the gradients so far])[0].
+# - For gradient accumulation, let step call loss_and_grad on equal parts of its rows, add up the
+#   trees of gradients with mlx.utils.tree_map(mx.add, a, b), and divide by the number of parts, all
+#   before clipping. It saves memory only if each part waits for the one before. To make it wait,
+#   give it x = mx.depends([x], [an array of the gradients so far])[0].
 
 
 class UserError(Exception):
@@ -1378,7 +1404,7 @@ def check_settings(names):
     """Raises UserError if one of the settings with these names makes no sense."""
     for name in names:
         value = globals()[name]
-        if name in COUNTS and not value >= 1:
+        if name in COUNTS and not value >= 1:  # not value < 1, for nan is neither
             raise UserError(f"{name} = {value} must be at least 1")
         if name in AMOUNTS and not value >= 0:
             raise UserError(f"{name} = {value} must be at least 0")
@@ -1386,7 +1412,7 @@ def check_settings(names):
         raise UserError(f"n_emb = {n_emb} must be a multiple of n_heads = {n_heads}")
 
 
-def run_settings(text, model):
+def collect_settings(text, model):
     """What identifies a run: its settings, the number of parameters (which most edits of the model
     change), and a checksum of the text."""
     settings = {name: globals()[name] for name in SETTINGS}
@@ -1464,7 +1490,7 @@ def report(title, train_loss, val_loss, model, tokenizer):
     """Prints the losses, and what the model writes now."""
     perplexity = math.exp(min(val_loss, 700))  # exp(1000) would overflow
     losses = f"{title} | train = {train_loss:.4f} | val = {val_loss:.4f}"
-    print(f"{losses} | perplexity {perplexity:.3g}".ljust(WIDTH))
+    print(f"{losses} | perplexity {perplexity:.3g}".ljust(WIDTH))  # wipes out the progress line
     show_line(model, tokenizer)
     if sees_the_future(model):
         print(" " * 10 + "Warning: this model sees the future, so its losses mean nothing.")
@@ -1473,7 +1499,7 @@ def report(title, train_loss, val_loss, model, tokenizer):
 def show_line(model, tokenizer):
     """Prints a line of text that the model writes now."""
     text = "".join(continue_text(model, tokenizer, "", WIDTH - 10))
-    print((" " * 10 + one_line(text))[:WIDTH], flush=True)
+    print((" " * 10 + one_line(text))[:WIDTH], flush=True)  # a token may be several characters
 
 
 class Progress:
@@ -1486,15 +1512,15 @@ class Progress:
         self.total_steps = total_steps
         in_terminal = hasattr(sys.stdout, "isatty") and sys.stdout.isatty()
         self.pause = 1 if in_terminal else 15  # seconds
-        self.end = "\r" if in_terminal else "\n"  # \r takes the next line back to the start of it
+        self.end = "\r" if in_terminal else "\n"  # after \r, the next line overwrites this one
 
     def update(self, loss):
         """Counts a step, whose loss is a scalar array. If it is time to print a line, also checks
         the loss, and raises UserError if it is nan or infinite."""
         self.step += 1
-        if self.step == self.first_step:  # which is slow, because it compiles
+        if self.step == self.first_step:
             check_finite(loss.item())
-            self.started = self.last_print = time.perf_counter()
+            self.started = self.last_print = time.perf_counter()  # from here: that step compiled
         now = time.perf_counter()
         if now - self.last_print < self.pause:
             return
@@ -1517,8 +1543,9 @@ def check_finite(loss):
                         f"mistake in your last edit")
 
 
-# Weights are written to a file in a folder of its own, which moves to its place when it is whole.
-# So neither a run that is stopped while it saves nor two runs at the same time leave half a file.
+# Weights are written to a file in a temporary folder, and when the file is whole, it moves to its
+# place. So neither a run that is stopped while it saves nor two runs at the same time leave half a
+# file.
 
 MODEL = "model.safetensors"  # the best weights of this run
 PREVIOUS = "previous.safetensors"  # those of the run before it, finished or not
@@ -1552,7 +1579,7 @@ def save_model(path, model, tokenizer):
 
 def load_model(path=None):
     """A saved model (by default, MODEL), in eval mode, and its tokenizer. Raises UserError."""
-    path = path or MODEL
+    path = path or MODEL  # looked up now, so that you can set train.MODEL
     weights, notes = load(path)
     try:
         config = GPTConfig(**notes["config"])  # the entries of the dict become the arguments
@@ -1591,10 +1618,10 @@ def load(path):
 
 
 def finish(settings, history):
-    """Logs the run, writes a text with the best weights, and compares it with the run before."""
+    """Logs the run, writes a text with the best weights, and compares the run with the last one."""
     if not is_first():
         return
-    last = last_run(settings["input.txt"])
+    last = last_run(settings["input.txt"])  # before this run is logged as well
     best = min(epoch["val"] for epoch in history)
     minutes = sum(epoch["minutes"] for epoch in history)
     device = mx.device_info()["device_name"]
@@ -1628,14 +1655,15 @@ def last_run(checksum):
 def on_two_cores(loss_fn):
     """The same loss function, but with half of the rows of each batch on a second CPU core.
 
-    A stream is a queue of operations, and on a CPU each has its own thread. Both calls below only
-    build a graph, as MLX is lazy. When the loss is needed, both threads compute.
+    A stream is a queue of operations, and on a CPU each stream has its own thread. Both calls below
+    only build a graph, as MLX is lazy. When the loss is needed, both threads compute. The backward
+    pass is shared in the same way, since each slope is found on the stream of its operation.
     """
     second_stream = mx.new_thread_local_stream(mx.cpu)
 
     def two_core_loss(model, x, y):
         half = len(x) // 2
-        if 2 * half != len(x):  # the mean of two unequal halves is not the mean of all rows
+        if 2 * half != len(x):  # the mean of the means of two unequal parts is not that of all
             return loss_fn(model, x, y)
         first = loss_fn(model, x[:half], y[:half])
         with mx.stream(second_stream):
@@ -1646,7 +1674,7 @@ def on_two_cores(loss_fn):
 
 
 if mx.default_device() == mx.cpu:  # a GPU needs no such help
-    loss_fn = on_two_cores(loss_fn)
+    loss_fn = on_two_cores(loss_fn)  # from here on, make_step and evaluate get this one
 
 
 # %% 13. The command line
@@ -1657,7 +1685,7 @@ def main():
     parser = argparse.ArgumentParser(description="Without options: train GPT-2 on input.txt.")
     options = parser.add_mutually_exclusive_group()
     options.add_argument("--sample", metavar="TEXT", nargs="?", const="",
-                         help="continue TEXT with the trained model (--sample=-TEXT if it begins "
+                         help="continue TEXT with the trained model (--sample=TEXT if TEXT begins "
                          "with a minus sign; another seed in train.py gives another text)")
     options.add_argument("--look", metavar="TEXT",
                          help="show what the trained model attends to and what it predicts next")
@@ -1675,7 +1703,7 @@ def main():
             look(*load_model_for(arguments.look), arguments.look)
         else:
             train(arguments.resume)
-        print(end="", flush=True)  # may raise BrokenPipeError
+        print(end="", flush=True)  # BrokenPipeError, if it comes, shall come here
     except KeyboardInterrupt:  # Ctrl-C
         sys.exit("\ntrain.py: stopped")
     except BrokenPipeError:  # no one reads on, as after: python train.py --sample | head

@@ -120,8 +120,9 @@ def test_parameters_of_the_default_model():
     block = 4 * C + 4 * linear + (wide + 4 * C) + (wide + C)
     total = reference.count_parameters(65, 128, C, 3)
     expected = [65, C, 65 * C, 128, C, 128 * C,  # wte and wpe
-                4 * C, 4, C, 3, linear, C, C, C, linear,  # LayerNorms and attention
-                wide + 4 * C, wide + C, block, 3, 3 * block, 2 * C, total]  # MLP, and the rest
+                4 * C, C, 3, linear, C, C, C, linear,  # LayerNorms and attention
+                wide + 4 * C, C, 4 * C, 4 * C, wide + C, 4 * C, C, C,  # MLP
+                block, 3, 3 * block, 2 * C, total]
     assert found == expected or not found and missing("train.py has no table of the parameters")
 
 
@@ -143,6 +144,7 @@ NUMBER = r"(-?\d[\d,]*\.?\d*)"
     (rf"rate of 20\D* w = {NUMBER}", lambda: -20 * two_letters(0)[2]),
     (rf"rate of 20\D* w = 5,\D* {NUMBER}", lambda: two_letters(5)[1]),
     (rf"carries {NUMBER} of these", lambda: 12 * 768),
+    (rf"0\.6 and 0\.4\D* {NUMBER}", lambda: -np.log([0.6, 0.4]).mean()),
     (rf"50,257 tokens\D* {NUMBER} million",
      lambda: reference.count_parameters(50257, 1024, 768, 12) / 1e6),
     (rf"the ratio is only {NUMBER}", lambda: adam([1, -1] * 2000)),
