@@ -1404,9 +1404,9 @@ def check_settings(names):
     """Raises UserError if one of the settings with these names makes no sense."""
     for name in names:
         value = globals()[name]
-        if name in COUNTS and not value >= 1:  # not value < 1, for nan is neither
+        if name in COUNTS and value < 1:
             raise UserError(f"{name} = {value} must be at least 1")
-        if name in AMOUNTS and not value >= 0:
+        if name in AMOUNTS and not value >= 0:  # not value < 0, for nan is neither
             raise UserError(f"{name} = {value} must be at least 0")
     if "n_heads" in names and n_emb % n_heads != 0:
         raise UserError(f"n_emb = {n_emb} must be a multiple of n_heads = {n_heads}")

@@ -20,6 +20,16 @@ SILENCE, _never_written_to = os.pipe()
 PORTS = itertools.count(random.randrange(10_000, 30_000, 100), 2)
 
 
+# Each machine trains on half of the rows.
+HALVES = """
+real = train.loss_fn
+def loss_fn(model, x, y):
+    assert not model.training or len(x) == train.batch_size // 2
+    return real(model, x, y)
+train.loss_fn = loss_fn
+"""
+
+
 def launch(folder, *arguments, code):
     """Runs code in two processes, which may ask for their `rank`."""
     folder.write("launched.py", f"import os, train\nrank = int(os.environ['MLX_RANK'])\n{code}\n")
@@ -38,7 +48,7 @@ def test_two_machines_take_the_same_first_steps_as_one(folder, other_folder, sec
         each.write("input.txt", TEXT[:450])  # eight steps
         each.edit(num_epochs=1)
     one = other_folder.run()
-    two = launch(folder, code=f"os.chdir(['.', {second!r}][rank]); train.main()")
+    two = launch(folder, code=f"{HALVES}\nos.chdir(['.', {second!r}][rank]); train.main()")
     assert two.returncode == 0, two.stderr
     assert len(two.stdout.splitlines()) == len(one.stdout.splitlines())  # one set of lines
     assert np.allclose(losses(two.stdout), losses(one.stdout), atol=2e-4)

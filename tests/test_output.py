@@ -45,7 +45,9 @@ def test_no_terminal_at_all(folder, command, monkeypatch, stdout):
 
 
 @pytest.mark.parametrize("width", [12, 150])
-def test_progress_takes_one_row_of_a_terminal(folder, command, steps, monkeypatch, width):
+def test_progress_takes_one_row_of_a_terminal(folder, tiny, command, steps, monkeypatch, width):
+    tiny(num_epochs=5)  # so that it takes over ten minutes, and the lines become shorter
+    steps.seconds = 14
     terminal = io.StringIO()
     terminal.isatty = lambda: True
     monkeypatch.setattr(sys, "stdout", terminal)
@@ -55,7 +57,7 @@ def test_progress_takes_one_row_of_a_terminal(folder, command, steps, monkeypatc
     passing = [part for row in rows for part in row[:-1]]
     assert len(passing) == len(steps.rows) - 1
     assert all(part.startswith("step ") and len(part) < width for part in passing)
-    assert epochs("\n".join(row[-1] for row in rows)) == [0, 1]
+    assert epochs("\n".join(row[-1] for row in rows)) == list(range(5))
     for row in rows:
         for old, new in itertools.pairwise(row):  # nothing is left of what was there before
             assert old[len(new) :].strip() == "", row
