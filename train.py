@@ -37,7 +37,7 @@ gets 4.17, and lower is better. On the shipped text, the small model gets 1.53, 
 model 1.25. Try `n_heads = 1` first, or your own text in input.txt. The README has more
 experiments, and the steps that lead from GPT-2 to the models of today.
 
-The examples behind >>> are tests. To run them: python -m doctest train.py
+The examples after >>> are tests. To run them: python -m doctest train.py
 """
 
 # For uv, a tool that installs what a script needs:
@@ -86,7 +86,7 @@ small = mx.default_device() == mx.cpu  # or True, to get the small model on a GP
 
 ctx_len = 48 if small else 128  # context length: how many characters the model can see
 n_emb = 56 if small else 128  # embedding size: how many numbers stand for one character
-n_heads = 7 if small else 4  # attention heads per block; n_emb must be a multiple of it
+n_heads = 7 if small else 4  # attention heads per block; n_emb must be a multiple of this number
 n_layers = 1 if small else 3  # blocks
 dropout = 0.0  # fraction of numbers zeroed in training; raise it if the model overfits
 num_epochs = 3 if small else 20  # passes over the training set
@@ -113,8 +113,8 @@ SETTINGS = [name for name, value in globals().items()
 # %% 2. Data
 #
 # All our data is one text file. The one that comes with this program holds eight plays in
-# Shakespeare's manner, which were written for it. (It begins like the file known as Tiny
-# Shakespeare, but it is another text, so do not compare losses between the two.)
+# Shakespeare's manner, which were written for it. (Their first line is that of the file known as
+# Tiny Shakespeare, but the rest is another text, so do not compare losses between the two.)
 #
 # How will we know whether the model has learned something about the language? If it has read a line
 # a thousand times, being able to recite it proves nothing. So it learns from the first nine tenths
@@ -147,11 +147,11 @@ def split(text):
 # simply calls this number the token.
 #
 # Why characters, and not words? GPT-2 takes something in between. Its vocabulary, found by
-# *byte-pair encoding*, has 50,257 tokens, from single bytes to whole words, and a text takes far
-# fewer of them. "What is the court", whose last word we will complete many times in this file, is
-# four tokens there, where we have 17. But to learn what each of 50,257 tokens means takes more text
-# than we have. Characters are simpler, and the model cannot tell the difference, since all it ever
-# sees is numbers.
+# *byte-pair encoding*, has 50,257 tokens, from single bytes to whole words, and a text needs far
+# fewer of them than it has characters. "What is the court", whose last word we will complete many
+# times in this file, is four tokens there, where we have 17. But to learn what each of 50,257
+# tokens means takes more text than we have. Characters are simpler, and the model cannot tell the
+# difference, since all it ever sees is numbers.
 
 
 def build_vocab(text):
@@ -279,12 +279,12 @@ def count_batches(tokens, ctx_len, batch_size):
 # exp(1.5) = 4.5 equally likely characters.
 #
 # And what is a good loss? Rolling a die with 65 sides gets ln 65 = 4.17. The classic rival is an
-# *n-gram model*, which has no neurons at all. It counts, in the training set, which characters
-# followed each string of n - 1 characters. If "th" was followed by "e" 60 times out of 100, then
-# "e" gets about 0.6 after "th". This is hard to beat, but it has a hole. A character that was never
-# seen there would get p = 0 and an infinite loss. So smoothing (there are many ways; ours is
-# modified Kneser-Ney) takes a little probability from the characters that were seen, and shares it
-# among all, in the proportions that a shorter string suggests. On the shipped text:
+# *n-gram model*, which has no neurons at all. It counts, in the training set, how often each
+# character followed each string of n - 1 characters. If "th" was followed by "e" 60 times out of
+# 100, then "e" gets about 0.6 after "th". This is hard to beat, but it has a hole. A character that
+# was never seen there would get p = 0 and an infinite loss. So smoothing (there are many ways; ours
+# is modified Kneser-Ney) takes a little probability from the characters that were seen, and shares
+# it among all, in the proportions that a shorter string suggests. On the shipped text:
 #
 #     n        1       2       3       4       5       6       7
 #     loss     3.24    2.36    1.83    1.51    1.38    1.34    1.33
@@ -355,7 +355,7 @@ def toy_loss(w):
 # at the start.
 #
 # A real model has a great many parameters, and a slope, or partial derivative, for each. All the
-# slopes together, in one long vector, are the *gradient*. If we nudged one parameter at a time, a
+# slopes together, in one long list, are the *gradient*. If we nudged one parameter at a time, a
 # single step of the default model would need some 600,000 runs. *Backpropagation* gets the whole
 # gradient for the price of about three runs: one forward, and one backward that costs as much as
 # two. It rests on the *chain rule*: if one number depends on another, and that on a third, the
@@ -416,7 +416,7 @@ class GPTConfig:
 # Knowing that "co" came before it says a lot. How can a position get at what stands before it? The
 # crudest way is to average: replace each vector by the mean of itself and all earlier ones. Here
 # are the shares that go into each mean, the *attention weights*, for three positions. (They are
-# called weights, but they are no parameters.) Each row belongs to a position that asks, and each
+# called weights, but they are not parameters.) Each row belongs to a position that asks, and each
 # column to one that answers:
 #
 #     1    0    0          = softmax(0, -inf, -inf)
@@ -469,10 +469,10 @@ def causal_mask(T, S):
 #     *key*      what others can find me by
 #     *value*    what I pass on to those who find me
 #
-# All three are lists of head_size numbers (8 of them in our small model; how many is right, we will
-# see). They are made from the vector of the position, each by its own *matrix* of parameters. This
-# is the page to read twice, so take it slowly. A matrix is a table of numbers. Multiply a vector x
-# by a matrix M, x @ M, and you get a new vector: the dot products of x with the columns of M.
+# All three are lists of head_size numbers (8 of them in our small model; we will soon see why).
+# They are made from the vector of the position, each by its own *matrix* of parameters. This is the
+# page to read twice, so take it slowly. A matrix is a table of numbers. Multiply a vector x by a
+# matrix M, x @ M, and you get a new vector: the dot products of x with the columns of M.
 #
 #     x = (1, 2)      M = 3  0      x @ M = (1 * 3 + 2 * 4, 1 * 0 + 2 * 5) = (11, 10)
 #                         4  5
@@ -532,11 +532,12 @@ def attention_weights(q, k):
 # One line needs defending. Why divide by sqrt(head_size)? The more numbers a query and a key have,
 # the larger their dot product tends to be, and large scores bring learning to a halt.
 #
-# Suppose that all of them are random and independent, with mean 0 and variance 1. (The variance is
-# then the mean of their squares, and its root, the *standard deviation*, is their typical size.)
-# Then each product has variance 1 as well, and because variances of independent numbers add up, the
-# sum of head_size products has variance head_size. Its typical size is the root of that,
-# sqrt(head_size). Now watch what this does to softmax, if one score is that large and another is 0:
+# Suppose that all the numbers in queries and keys are random and independent, with mean 0 and
+# variance 1. (The variance is then the mean of their squares, and its root, the *standard
+# deviation*, is their typical size.) Then each product has variance 1 as well, and because
+# variances of independent numbers add up, the sum of head_size products has variance head_size. Its
+# typical size is the root of that, sqrt(head_size). Now watch what this does to softmax, if one
+# score is that large and another is 0:
 #
 #     head_size              1        8        32       128
 #     sqrt(head_size)        1        2.83     5.66     11.31
@@ -630,7 +631,7 @@ class MultiHeadAttention(nn.Module):
 
 # A curiosity: the bias of k_proj has no effect whatever. It adds the same number, the dot product
 # of query and bias, to all scores in a row, and softmax does not notice. GPT-2 has it all the same.
-# Even the smallest one carries 9,216 of these numbers, trained with care and good for nothing.
+# Even the smallest GPT-2 carries 9,216 of these numbers, trained with care and good for nothing.
 
 # %% 7. MLP and block
 #
@@ -638,8 +639,8 @@ class MultiHeadAttention(nn.Module):
 # end of "What is the cou", the "u" has heard of a "c" and an "o" and a space before them. It takes
 # more to conclude that a word has begun with "cou", so that an "l" or an "n" or an "r" is due. That
 # is the job of the *MLP* (multilayer perceptron, also called feed-forward network). It works on
-# each position by itself, and is two linear layers with a hidden layer of 4 * n_emb numbers between
-# them.
+# each position by itself, and is two *linear layers* (each a matrix and its biases, as in
+# nn.Linear), with 4 * n_emb numbers, the *hidden layer*, between them.
 #
 # A linear layer can only add up evidence. It cannot say "a c counts only if a space comes before
 # it". Nor could two of them alone, because (x @ M) @ N is x @ (M @ N), and M @ N is just another
@@ -657,8 +658,8 @@ class MultiHeadAttention(nn.Module):
 # a yes pass, and c_proj translates what was answered into a change to the vector.
 #
 # The factor of 4 is a convention, and so are the names: fc stands for "fully connected", and the c
-# for the convolution as which OpenAI's code writes a linear layer. It computes GELU by a formula
-# that is off by less than 0.0005. In MLX, that formula is called gelu_approx.
+# for convolution, since OpenAI's code writes a linear layer as one. That code also computes GELU by
+# a formula that is off by less than 0.0005. In MLX, the formula is called gelu_approx.
 
 
 class MLP(nn.Module):
@@ -682,17 +683,17 @@ class MLP(nn.Module):
 #          |                        ^    |                  ^
 #          +--> ln_1 --> attention -+    +--> ln_2 --> MLP -+
 #
-# Look at the line that runs straight through. What a layer computes does not replace x but is added
-# to it, by a *residual connection*, so a layer needs to learn only what to change. The vector that
-# travels along this line, from the first block to the last, is called the *residual stream*. It is
-# a road for the gradient as well. In a plain chain of layers slopes multiply, so after twelve
-# layers with slopes of 1/2, only 1/4096 of the gradient reaches the first one. But x + f(x) has the
-# slope 1 + f'(x). Thanks to the 1, part of the gradient passes every layer as if the layer were not
-# there.
+# Look at the line that runs straight through. What attention and MLP compute does not replace x but
+# is added to it, by a *residual connection*, so each of them needs to learn only what to change.
+# The vector that travels along this line, from the first block to the last, is called the *residual
+# stream*. It is a road for the gradient as well. In a plain chain of layers (whatever turns vectors
+# into vectors is called a *layer*), slopes multiply, so after twelve layers with slopes of 1/2,
+# only 1/4096 of the gradient reaches the first one. But x + f(x) has the slope 1 + f'(x). Thanks to
+# the 1, part of the gradient passes every layer as if the layer were not there.
 #
-# What keeps the stream from growing, as layer after layer adds to it? Nothing does. But the layers
-# must not be swamped by it: from ever longer vectors they would compute ever larger scores, for
-# instance, and softmax would saturate. So each layer first passes what it reads from the stream
+# What keeps the stream from growing, as layer after layer adds to it? Nothing does. But attention
+# and MLP must not be swamped by it: from ever longer vectors, attention would compute ever larger
+# scores, for instance, and softmax would saturate. So what they read from the stream first passes
 # through a *LayerNorm*, which shifts and scales each vector to mean 0 and variance 1 (but for a
 # tiny constant, which keeps it from dividing by 0):
 #
@@ -736,8 +737,8 @@ class Block(nn.Module):
 # position, and the two rows are added. Why add them, rather than put them side by side? Because
 # vectors this long have room for both. If what is said about the character points in one direction,
 # say (5, 0), and what is said about the place in another, say (0, 3), then both can still be read
-# off their sum, (5, 3), and learning can see to it that they do. And why can the model not see more
-# than ctx_len characters? Because wpe has no more rows.
+# off their sum, (5, 3), and learning can see to it that the directions differ. And why can the
+# model not see more than ctx_len characters? Because wpe has no more rows.
 #
 # At the other end, after the blocks and one last LayerNorm, ln_f, stands the *output head*, which
 # has nothing to do with attention heads. The logit of a token is the dot product of the vector with
@@ -746,14 +747,14 @@ class Block(nn.Module):
 # saves parameters and works well. The table has a row for each character of input.txt, and no
 # others, so a model cannot read a prompt with a character that it never met.
 #
-# How should the parameters begin? If all were equal, all numbers that a layer computes would be
-# equal, would get equal gradients, and would stay equal forever, many numbers doing the work of
-# one. The matrices therefore begin random. (Biases can begin at 0 and gains at 1, since random
-# matrices around them keep things different.) And they begin small. As the rows of wte are small,
-# so are all logits, and at first no token is preferred by much. Equal logits would give each of V
-# tokens the probability 1/V, and a loss of -ln(1/V) = ln V. That gives us a test: the first loss
-# must lie close to ln vocab_size. It will lie a little above. As the logits are not quite equal,
-# each token is preferred or slighted a little, for no reason, and that costs more than it gains. If
+# How should the parameters begin? If all were equal, all numbers in a vector would be equal, would
+# get equal gradients, and would stay equal forever, many numbers doing the work of one. The
+# matrices therefore start out random. (Biases can begin at 0 and gains at 1, since random matrices
+# around them keep things different.) And they begin small. As the rows of wte are small, so are all
+# logits, and at first no token is preferred by much. Equal logits would give each of V tokens the
+# probability 1/V, and a loss of -ln(1/V) = ln V. That gives us a test: the first loss must lie
+# close to ln vocab_size. It will lie a little above. As the logits are not quite equal, some tokens
+# are preferred to others before anything has been learned, and that costs more than it gains. If
 # two tokens should get 1/2 each, and get 0.6 and 0.4, the mean of -ln p is 0.714, where ln 2 is
 # 0.693. An honest beginner knows nothing, and says so.
 
@@ -1045,9 +1046,9 @@ def type_out(model, tokenizer, prompt):
 # parameters: the slope of one is 0.001 in every batch, and that of the other flips between 10 and
 # -10. Surely the first should go ahead, since all batches agree about it, and the second should
 # stay where it is. Slope times any one learning rate would do the opposite. *Adam* does what we
-# want. For each parameter it keeps two moving averages, which both begin at 0: m of its slope g,
-# over the last 1 / (1 - beta1) = 10 steps or so, and v of the square of g, over the last 100. (We
-# leave out a tiny constant that keeps it from dividing by 0.)
+# want. For each parameter it keeps two moving averages, which both begin at 0: m, that of its slope
+# g over the last 1 / (1 - beta1) = 10 steps or so, and v, that of the square of g over the last
+# 100. (We leave out a tiny constant that keeps it from dividing by 0.)
 #
 #     m = beta1 * m + (1 - beta1) * g
 #     v = beta2 * v + (1 - beta2) * g * g
@@ -1076,8 +1077,9 @@ def make_optimizer(total_steps):
     Why does it rise? In the very first step, m / sqrt(v) is 1 or -1, however small g is, so each
     parameter would move by the full lr on the word of a single batch. During *warmup*, while m and
     v gather evidence, steps are kept short. And why does it fall? Near the goal the batches quarrel
-    about every parameter, which keeps it jumping around. Only a lower rate lets it settle. In a
-    run of few steps, the two lines meet far below lr, so use a shorter warmup there.
+    about every parameter, which keeps it jumping around. Only a lower rate lets it settle. The
+    two lines meet a little below lr, and far below it in a run of few steps, which needs a shorter
+    warmup.
     """
 
     # AdamW calls this with the number of the step, an mx.array, and wants an mx.array back. (It is
@@ -1090,8 +1092,8 @@ def make_optimizer(total_steps):
         return lr * mx.minimum(rise, fall)
 
     # Only the matrices of the blocks are decayed. Biases, gains, and embeddings are left alone:
-    # when they were decayed as well, the small model got worse by 0.02. MultiOptimizer gives the
-    # first optimizer what is_decayed picks, and the second one the rest.
+    # when they were decayed as well, the small model got worse by 0.02 (on Tiny Shakespeare).
+    # MultiOptimizer gives the first optimizer what is_decayed picks, and the second one the rest.
     def is_decayed(name, weight):
         return name.startswith("blocks") and weight.ndim == 2
 
@@ -1117,9 +1119,9 @@ def make_optimizer(total_steps):
 #
 # And it compiles. When you first call a function that went through mx.compile, its Python code runs
 # once, and MLX records the operations on arrays. All later calls replay the recording. (If the
-# inputs have other shapes or types, MLX records again.) That is faster, since Python is out of the
-# loop and small operations are merged. Here, the catch is the same as the gain: no Python runs.
-# What does that do to the code inside?
+# inputs have other shapes or types, MLX records again.) That is often faster, most of all for a
+# small model, since Python is out of the loop and small operations are merged. Here, the catch is
+# the same as the gain: no Python runs. What does that do to the code inside?
 #
 #     print("hello")                 prints only while MLX records
 #     print(loss.item())             fails: while MLX records, there is no value yet
@@ -1138,7 +1140,7 @@ def make_step(model, optimizer):
     loss_and_grad = nn.value_and_grad(model, loss_fn)  # or with a loss of your own
     # The lines with `world` and `mine` are for several machines that share each batch (section 12).
     # On a single machine, they change nothing.
-    world = mx.distributed.init(backend="ring")
+    world = all_machines()
     mine = slice(world.rank(), None, world.size())  # this machine's rows: if it is alone, all
 
     def step(x, y):
@@ -1341,9 +1343,9 @@ def one_line(text):
 
 
 # This is where the lesson ends. What should you do now? Change something, and guess what it will do
-# before you run it. The README has experiments, and tested diffs for the parts of today's models
-# (RMSNorm, no biases, rotary positions, SwiGLU, grouped queries, Muon). The next section begins
-# with what is good to know before you change anything.
+# before you run it. The README has experiments, and tested diffs for what today's models do
+# differently (RMSNorm, no biases, rotary positions, SwiGLU, grouped queries, Muon). The next
+# section begins with what is good to know before you change anything.
 #
 # What should you read next? Attention and the transformer: Vaswani et al., Attention Is All You
 # Need, 2017. GPT-2: Radford et al., Language Models are Unsupervised Multitask Learners, 2019.
@@ -1354,9 +1356,9 @@ def one_line(text):
 #
 # And then look back to the first page. GPT-2 guesses what comes next, and that is all it can do.
 # You have now seen every part of the model, and nothing was hidden. Make our default model a
-# hundred times as wide and thirty times as deep, feed it the internet, and you have GPT-3. And yet
-# no line of this file says what a word is, or a verse, or a speaker. The model follows slopes
-# downhill, and this is what it finds there.
+# hundred times as wide and thirty times as deep, feed it the internet, and you have something very
+# much like GPT-3. And yet no line of this file says what a word is, or a verse, or a speaker. The
+# model follows slopes downhill, and this is what it finds there.
 
 # %% 12. The parts of a run
 #
@@ -1386,8 +1388,9 @@ def one_line(text):
 # - To stop at a certain character, return from the loop in continue_text.
 # - For gradient accumulation, let step call loss_and_grad on equal parts of its rows, add up the
 #   trees of gradients with mlx.utils.tree_map(mx.add, a, b), and divide by the number of parts, all
-#   before clipping. It saves memory only if each part waits for the one before. To make it wait,
-#   give it x = mx.depends([x], [an array of the gradients so far])[0].
+#   before clipping. It saves much more memory if each part waits for the whole of the one before.
+#   To make it wait, give it x = mx.depends([x], [g for _, g in tree_flatten(total)])[0], where
+#   total is the sum so far.
 
 
 class UserError(Exception):
@@ -1401,7 +1404,8 @@ SAMPLING = ["max_new_tokens", "temperature", "top_k"]  # those that only matter 
 
 
 def check_settings(names):
-    """Raises UserError if one of the settings with these names makes no sense."""
+    """Raises UserError if one of these settings is too low, or n_emb no multiple of n_heads.
+    (Other mistakes, such as dropout = 1, are reported by MLX or Python.)"""
     for name in names:
         value = globals()[name]
         if name in COUNTS and value < 1:
@@ -1428,7 +1432,7 @@ def resume_run(model, optimizer, settings):
     saved, notes = load(CHECKPOINT)
     changed = changes(notes.get("settings", {}), settings, except_for=["num_epochs", *SAMPLING])
     if changed:
-        raise UserError(f"changed since that run: {', '.join(changed)}. Undo it, or start over")
+        raise UserError(f"changed since that run: {', '.join(changed)}. Undo this, or start over")
     history = notes["history"]
     if len(history) >= num_epochs:
         raise UserError("that run is finished: raise num_epochs to keep training")
@@ -1461,17 +1465,19 @@ def changes(old, new, except_for=()):
 # their models stay the same. Only the first of them writes files and prints.
 
 
-def is_first():
-    """Whether this machine is the first, or the only one."""
-    return mx.distributed.init(backend="ring").rank() == 0
+def all_machines():
+    """The machines that train together, as MLX knows them: usually this one alone."""
+    return mx.distributed.init(backend="ring")
 
 
 def check_machines(plan):
     """Raises UserError unless this plan, which json can write, is the same on all machines."""
     checksum = mx.array([zlib.crc32(json.dumps(plan).encode())], dtype=mx.uint32)  # (1,)
-    everyone = mx.distributed.all_gather(checksum, group=mx.distributed.init(backend="ring"))
+    everyone = mx.distributed.all_gather(checksum, group=all_machines())  # (machines,)
     if mx.any(everyone != checksum):
         raise UserError("the machines differ in input.txt, in their settings, or in their files")
+    if batch_size % len(everyone) != 0:
+        raise UserError(f"{len(everyone)} machines cannot share batch_size = {batch_size} rows")
 
 
 WIDTH = 79  # of a line of output, in characters
@@ -1515,12 +1521,12 @@ class Progress:
         self.end = "\r" if in_terminal else "\n"  # after \r, the next line overwrites this one
 
     def update(self, loss):
-        """Counts a step, whose loss is a scalar array. If it is time to print a line, also checks
-        the loss, and raises UserError if it is nan or infinite."""
+        """Counts a step, whose loss is a scalar array. In the first step, and whenever it is time
+        to print a line, also checks the loss. Raises UserError if it is nan or infinite."""
         self.step += 1
         if self.step == self.first_step:
             check_finite(loss.item())
-            self.started = self.last_print = time.perf_counter()  # from here: that step compiled
+            self.started = self.last_print = time.perf_counter()  # the first step also compiled
         now = time.perf_counter()
         if now - self.last_print < self.pause:
             return
@@ -1539,8 +1545,8 @@ class Progress:
 def check_finite(loss):
     """Raises UserError if a loss is nan or infinite."""
     if not math.isfinite(loss):
-        raise UserError(f"the loss is {loss}: lower lr, or, if it is so from the start, look for a "
-                        f"mistake in your last edit")
+        raise UserError(f"the loss is {loss}. Lower lr, or, if it was {loss} from the start, look "
+                        f"for a mistake in your last edit")
 
 
 # Weights are written to a file in a temporary folder, and when the file is whole, it moves to its
@@ -1548,7 +1554,7 @@ def check_finite(loss):
 # file.
 
 MODEL = "model.safetensors"  # the best weights of this run
-PREVIOUS = "previous.safetensors"  # those of the run before it, finished or not
+PREVIOUS = "previous.safetensors"  # what MODEL was before this run
 CHECKPOINT = "checkpoint.safetensors"  # what --resume needs
 RUN_LOG = "runs.jsonl"  # a line for each finished run
 COMPLETIONS = "completions.txt"  # the text written at the end of a run
@@ -1560,7 +1566,7 @@ def save_epoch(model, optimizer, tokenizer, settings, history):
     The checkpoint comes last: if the run is killed before that, --resume repeats the epoch. (In
     the first epoch there is nothing to resume yet.)
     """
-    if not is_first():
+    if all_machines().rank() > 0:  # only the first machine writes files
         return
     if len(history) == 1:  # the first epoch of a new run
         Path(CHECKPOINT).unlink(missing_ok=True)
@@ -1618,8 +1624,8 @@ def load(path):
 
 
 def finish(settings, history):
-    """Logs the run, writes a text with the best weights, and compares the run with the last one."""
-    if not is_first():
+    """Logs the run, writes a text with the best weights, and shows what the last run did."""
+    if all_machines().rank() > 0:
         return
     last = last_run(settings["input.txt"])  # before this run is logged as well
     best = min(epoch["val"] for epoch in history)
@@ -1633,10 +1639,10 @@ def finish(settings, history):
     text = type_out(*load_model(), "")
     Path(COMPLETIONS).write_text(text, encoding="utf-8", newline="\n")
     print(f"\nThe best weights, in {MODEL}, have a validation loss of {best:.4f}. "
-          f"Trained in {minutes:.1f} minutes ({device}, MLX {mx.__version__})")
+          f"Trained in {minutes:.1f} minutes ({device}, MLX {mx.__version__}).")
     if last is not None:
-        changed = changes(last["settings"], settings) or ["no settings"]
-        print(f"The run before had {last['best_val']:.4f}. Changed since: {', '.join(changed)}")
+        changed = ", ".join(changes(last["settings"], settings)) or "no settings"
+        print(f"The last run on this text had {last['best_val']:.4f}. Changed since: {changed}.")
 
 
 def last_run(checksum):
@@ -1694,7 +1700,7 @@ def main():
     arguments = parser.parse_args([] if in_notebook else None)
     if hasattr(sys.stdout, "reconfigure"):  # for terminals that cannot show every character
         sys.stdout.reconfigure(errors="replace")
-    if not is_first():
+    if all_machines().rank() > 0:  # only the first machine speaks
         sys.stdout = None  # then print() does nothing
     try:
         if arguments.sample is not None:
@@ -1703,7 +1709,7 @@ def main():
             look(*load_model_for(arguments.look), arguments.look)
         else:
             train(arguments.resume)
-        print(end="", flush=True)  # BrokenPipeError, if it comes, shall come here
+        print(end="", flush=True)  # if there is a BrokenPipeError, let it come here at the latest
     except KeyboardInterrupt:  # Ctrl-C
         sys.exit("\ntrain.py: stopped")
     except BrokenPipeError:  # no one reads on, as after: python train.py --sample | head

@@ -65,10 +65,11 @@ def test_two_machines_take_the_same_first_steps_as_one(folder, other_folder, sec
 
 @two_processes
 @pytest.mark.parametrize("arguments, difference, words", [
+    ([], "train.batch_size = 5", "batch_size = 5"),
     ([], "if rank == 1: train.lr = 0.5", "differ"),
     ([], "if rank == 0: os.chdir('second')", "differ"),
     (["--resume"], "train.num_epochs = 3\nif rank == 1: os.chdir('second')", "checkpoint")],
-    ids=["settings", "texts", "no checkpoint"])
+    ids=["batch", "settings", "texts", "no checkpoint"])
 def test_what_two_processes_refuse(trained, arguments, difference, words):
     before = trained.files()
     (trained.path / "second").mkdir()
