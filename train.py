@@ -149,8 +149,8 @@ def split(text):
 # Why characters, and not words? GPT-2 takes something in between. Its vocabulary, found by
 # *byte-pair encoding*, has 50,257 tokens, from single bytes to whole words, and a text needs far
 # fewer of them than it has characters. "What is the court", whose last word we will complete many
-# times in this file, is four tokens there, where we have 17. But to learn what each of 50,257
-# tokens means takes more text than we have. Characters are simpler, and the model cannot tell the
+# times in this file, is four tokens there, and 17 here. But to learn what each of 50,257 tokens
+# means takes more text than we have. Characters are simpler, and the model cannot tell the
 # difference, since all it ever sees is numbers.
 
 
@@ -413,7 +413,7 @@ class GPTConfig:
 
 
 # You have read "What is the cou", and you want to guess what comes next. The "u" alone says little.
-# Knowing that "co" came before it says a lot. How can a position get at what stands before it? The
+# Knowing that it follows "co" helps a lot. How can a position get at what stands before it? The
 # crudest way is to average: replace each vector by the mean of itself and all earlier ones. Here
 # are the shares that go into each mean, the *attention weights*, for three positions. (They are
 # called weights, but they are not parameters.) Each row belongs to a position that asks, and each
@@ -496,7 +496,7 @@ def attention_weights(q, k):
     *scaled dot-product attention*.
 
     Here are three positions, whose queries and keys have two numbers each. Before softmax, their
-    scores are divided by sqrt(2); we come to that.
+    scores are divided by sqrt(2); we will come to that.
 
     >>> q = mx.array([[1.0, 0.0], [3.0, 0.0], [0.0, 3.0]])
     >>> k = mx.array([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
@@ -755,8 +755,8 @@ class Block(nn.Module):
 # probability 1/V, and a loss of -ln(1/V) = ln V. That gives us a test: the first loss must lie
 # close to ln vocab_size. It will lie a little above. As the logits are not quite equal, some tokens
 # are preferred to others before anything has been learned, and that costs more than it gains. If
-# two tokens should get 1/2 each, and get 0.6 and 0.4, the mean of -ln p is 0.714, where ln 2 is
-# 0.693. An honest beginner knows nothing, and says so.
+# two tokens should get 1/2 each, and get 0.6 and 0.4, the mean of -ln p is 0.714, and not ln
+# 2 = 0.693. An honest beginner knows nothing, and says so.
 
 
 class GPT(nn.Module):
@@ -1082,8 +1082,9 @@ def make_optimizer(total_steps):
     warmup.
     """
 
-    # AdamW calls this with the number of the step, an mx.array, and wants an mx.array back. (It is
-    # unsigned: step - 100 would wrap around below 0.) Many let the rate fall as half a cosine wave:
+    # AdamW calls this with the number of the step, an mx.array, and wants an mx.array back. (The
+    # number is unsigned: step - 100 would wrap around below 0.) Many let the rate fall as half a
+    # cosine wave:
     #     fall = (1 + mx.cos(math.pi * step / total_steps)) / 2
     # For a constant rate after the warmup: return lr * mx.minimum(rise, 1)
     def learning_rate(step):
@@ -1152,8 +1153,8 @@ def make_step(model, optimizer):
         optimizer.update(model, grads)
         return loss
 
-    # Everything step reads or changes, apart from x and y. In each call, the compiled step takes
-    # the current values from here, and puts the new ones back.
+    # All arrays that step reads or changes, apart from x and y. In each call, the compiled step
+    # takes the current values from here, and puts the new ones back.
     state = [model.state, optimizer.state, mx.random.state]
     return mx.compile(step, inputs=state, outputs=state)
 
@@ -1363,29 +1364,37 @@ def one_line(text):
 # %% 12. The parts of a run
 #
 # Here are the helpers that train() calls, in the order in which it calls them. There is nothing new
-# about GPT in them. But first, what is good to know before you change anything:
+# about GPT in them. But first, some things that save you trouble when you change what stands above.
 #
-# - init_weight goes by name. In a layer of your own, call matrices and gains `weight` and biases
-#   `bias`. (nn.PReLU then starts with a slope of 1, doing nothing.) And 0.02 is for wide layers: in
-#   a narrow model, a layer that multiplies two outputs, as SwiGLU does, starts nearly dead.
-# - is_decayed goes by name as well, and takes all matrices in `blocks`.
+# The model:
+#
 # - A new size must be added in three places: the settings, GPTConfig (last and with a default, so
 #   that older files still load), and the call to GPTConfig in train(). Then check that
 #   `parameters`, in the first lines of a run, has changed.
+# - init_weight goes by name. In a layer of your own, call matrices and gains `weight` and biases
+#   `bias`. (nn.PReLU then starts with a slope of 1, doing nothing.) And 0.02 is for wide layers: in
+#   a narrow model, a layer that multiplies two outputs, as SwiGLU does, starts nearly dead.
+#   is_decayed goes by name as well, and takes all matrices in `blocks`.
 # - For positions as rotations (RoPE), rotate q and k just before the cache. Their first position is
 #   cache.offset, or 0 without a cache. Validation never uses the cache, so a mistake there spoils
 #   only the writing; the doctest of KVCache would tell.
-# - To save in mid-epoch, call save_model with a file name of your own that ends in .safetensors.
-# - If your tokens are not characters, do not compare losses with ours: a loss is per token.
 # - All numbers are float32, good for about seven digits. The bfloat16 of large models has fewer
 #   than three. There, 1 + 0.001 is still 1, so gains that begin at 1 hardly move.
-# - To try several values, import train in a script of your own, set train.lr and the names of the
-#   files (train.MODEL and so on), and call train.train(), which returns the losses.
 # - Some doctests describe GPT-2 with single characters. Once yours is another model, they may fail,
 #   and rightly.
+#
+# The text:
+#
+# - If your tokens are not characters, do not compare losses with ours: a loss is per token.
 # - To train on several texts, split each of them, and join the parts. Otherwise the validation set
 #   is the end of the last text.
 # - To stop at a certain character, return from the loop in continue_text.
+#
+# The training:
+#
+# - To try several values, import train in a script of your own, set train.lr and the names of the
+#   files (train.MODEL and so on), and call train.train(), which returns the losses.
+# - To save in mid-epoch, call save_model with a file name of your own that ends in .safetensors.
 # - For gradient accumulation, let step call loss_and_grad on equal parts of its rows, add up the
 #   trees of gradients with mlx.utils.tree_map(mx.add, a, b), and divide by the number of parts, all
 #   before clipping. It saves much more memory if each part waits for the whole of the one before.
@@ -1410,7 +1419,7 @@ def check_settings(names):
         value = globals()[name]
         if name in COUNTS and value < 1:
             raise UserError(f"{name} = {value} must be at least 1")
-        if name in AMOUNTS and not value >= 0:  # not value < 0, for nan is neither
+        if name in AMOUNTS and not value >= 0:  # value < 0 would let nan pass
             raise UserError(f"{name} = {value} must be at least 0")
     if "n_heads" in names and n_emb % n_heads != 0:
         raise UserError(f"n_emb = {n_emb} must be a multiple of n_heads = {n_heads}")
