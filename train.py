@@ -909,11 +909,11 @@ def sees_the_future(model):
 # What should sample() do? The obvious choice is to take the most likely token each time, which is
 # called *greedy decoding*. Try it: set temperature to 0, and use --sample. Our small model then
 # begins well, "Second Citizen: I have", and goes on with "the stand the stand the stand the said
-# the stand", for as long as you let it. Once it comes back to words that it has written before, it
-# tends to make the same choices again, and to come back once more. So we roll dice, loaded with the
-# model's probabilities. The *temperature* decides how much they are loaded. The logits are divided
-# by it, which raises the ratio of any two probabilities to the power 1 / temperature. At 0.5, for
-# instance, a ratio of 2 : 1 becomes 4 : 1.
+# the stand", and much the same for as long as you let it. Once it comes back to words that it has
+# written before, it tends to make the same choices again, and to come back once more. So we roll
+# dice, loaded with the model's probabilities. The *temperature* decides how much they are loaded.
+# The logits are divided by it, which raises the ratio of any two probabilities to the power
+# 1 / temperature. At 0.5, for instance, a ratio of 2 : 1 becomes 4 : 1.
 #
 #     logits             2      1      0
 #     temperature 0.5    0.87   0.12   0.02

@@ -23,7 +23,7 @@ def test_a_pipe_whose_reader_has_left(trained, arguments):
 
 
 def test_control_characters_and_a_pipe_of_few_characters(folder):
-    folder.write("input.txt", "".join(map(chr, range(32, 127))) + "\x1b\x07a\n" * 300)
+    folder.write("input.txt", "\x1b\x07a\n" * 300)
     ascii = dict(variables={"PYTHONIOENCODING": "ascii"}, encoding="ascii")
     result = folder.run(**ascii)
     assert result.returncode == 0 and "Traceback" not in result.stderr
