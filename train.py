@@ -155,7 +155,7 @@ def split(text):
 
 
 def build_vocab(text):
-    """The vocabulary of a text: a sorted list of its tokens, which are strings."""
+    """The vocabulary of a text: a sorted list of strings, its different tokens."""
     return sorted(set(text))
 
 
@@ -274,9 +274,9 @@ def count_batches(tokens, ctx_len, batch_size):
 # Why a logarithm? Because the probability of a whole text is a product. If the model gives "F" 1/2,
 # and then "i" 1/4, it gives "Fi" 1/8, and a whole play gets next to nothing. A logarithm turns
 # products into sums, so the losses of single tokens can simply be added up or averaged. The mean is
-# the *cross-entropy*, in *nats* per token. If you prefer a number that you can picture, take
-# exp(loss), the *perplexity*. At a loss of 1.5, the model is as unsure as if it had to choose among
-# exp(1.5) = 4.5 equally likely characters.
+# the *cross-entropy*, in *nats* per token (nats, because of the natural logarithm). If you prefer a
+# number that you can picture, take exp(loss), the *perplexity*. At a loss of 1.5, the model is as
+# unsure as if it had to choose among exp(1.5) = 4.5 equally likely characters.
 #
 # And what is a good loss? Rolling a die with 65 sides gets ln 65 = 4.17. The classic rival is an
 # *n-gram model*, which has no neurons at all. It counts, in the training set, how often each
@@ -514,7 +514,7 @@ def attention_weights(q, k):
     first key. (It agrees with the third just as well, but that one is in the future.) The third
     attends to the second and to itself. Now everyone collects values in these proportions, which
     is a matrix product once more: in each row, the weights times the values they belong to, added
-    up.
+    up. In the second row, for instance, 0.89 * (10, 0) + 0.11 * (0, 10) = (8.9, 1.1).
 
     >>> v = mx.array([[10.0, 0.0], [0.0, 10.0], [5.0, 5.0]])
     >>> print(np.array(weights @ v).round(1))
@@ -535,9 +535,10 @@ def attention_weights(q, k):
 # Suppose that all the numbers in queries and keys are random and independent, with mean 0 and
 # variance 1. (The variance is then the mean of their squares, and its root, the *standard
 # deviation*, is their typical size.) Then each product has variance 1 as well, and because
-# variances of independent numbers add up, the sum of head_size products has variance head_size. Its
-# typical size is the root of that, sqrt(head_size). Now watch what this does to softmax, if one
-# score is that large and another is 0:
+# variances of independent numbers add up, the sum of head_size products has variance head_size. (If
+# you have never met these two facts, a few lines of NumPy will confirm them.) Its typical size is
+# the root of that, sqrt(head_size). Now watch what this does to softmax, if one score is that large
+# and another is 0:
 #
 #     head_size              1        8        32       128
 #     sqrt(head_size)        1        2.83     5.66     11.31
@@ -551,8 +552,9 @@ def attention_weights(q, k):
 # What we have now is one attention *head*. At each position it forms one average, so it can look
 # for one thing at a time: the letter before this one, perhaps, or where the word began, or who is
 # speaking. A good guess needs all three. So we let n_heads of them work side by side, each with its
-# own queries, keys, and values of head_size = n_emb / n_heads numbers, and join what they find into
-# n_emb numbers again. What the heads of a trained model really look for, we will see in section 11.
+# own queries, keys, and values of head_size = n_emb / n_heads numbers (in the small model
+# 56 / 7 = 8), and join what they find into n_emb numbers again. What the heads of a trained model
+# really look for, we will see in section 11.
 #
 # In MLX, each kind of part is a class derived from nn.Module, and each part an object of it.
 # Calling the object runs its __call__ method. One thing to know before you write your own: a Module
@@ -629,9 +631,10 @@ class MultiHeadAttention(nn.Module):
         return self.resid_dropout(self.c_proj(out))  # (B, T, n_emb)
 
 
-# A curiosity: the bias of k_proj has no effect whatever. It adds the same number, the dot product
-# of query and bias, to all scores in a row, and softmax does not notice. GPT-2 has it all the same.
-# Even the smallest GPT-2 carries 9,216 of these numbers, trained with care and good for nothing.
+# A curiosity: the bias of k_proj has no effect whatever. The dot product of q with k + b is that of
+# q with k, plus that of q with b. The second one is the same for all scores in a row, and softmax
+# does not notice. GPT-2 has it all the same. Even the smallest GPT-2 carries 9,216 of these
+# numbers, trained with care and good for nothing.
 
 # %% 7. MLP and block
 #
@@ -658,8 +661,8 @@ class MultiHeadAttention(nn.Module):
 # a yes pass, and c_proj translates what was answered into a change to the vector.
 #
 # The factor of 4 is a convention, and so are the names: fc stands for "fully connected", and the c
-# for convolution, since OpenAI's code writes a linear layer as one. That code also computes GELU by
-# a formula that is off by less than 0.0005. In MLX, the formula is called gelu_approx.
+# is how OpenAI's code marks its linear layers. That code also computes GELU by a formula that is
+# off by less than 0.0005. In MLX, the formula is called gelu_approx.
 
 
 class MLP(nn.Module):
@@ -694,8 +697,8 @@ class MLP(nn.Module):
 # What keeps the stream from growing, as layer after layer adds to it? Nothing does. But attention
 # and MLP must not be swamped by it: from ever longer vectors, attention would compute ever larger
 # scores, for instance, and softmax would saturate. So what they read from the stream first passes
-# through a *LayerNorm*, which shifts and scales each vector to mean 0 and variance 1 (but for a
-# tiny constant, which keeps it from dividing by 0):
+# through a *LayerNorm*, which shifts and scales the numbers in each vector to mean 0 and variance 1
+# (but for a tiny constant, which keeps it from dividing by 0):
 #
 #     x                                   1        2        6
 #     minus the mean, 3                  -2       -1        3
@@ -875,8 +878,8 @@ def count_parameters(model):
 # You will want to change the model, and see whether the loss gets better. But what if it gets
 # wonderful? Forget the mask, or one transpose, and positions see the answers. The model is quick to
 # find out, and reports a loss that no honest one could reach. This function notices, and train()
-# will call it with each report. (It cannot notice targets that are shifted the wrong way. The model
-# then has only to copy, and the loss falls to 0.05.)
+# will call it with each report. (It cannot notice targets that are shifted the wrong way, to the
+# token before. The model then has only to copy, and the loss falls to 0.05.)
 
 
 def sees_the_future(model):
@@ -1046,13 +1049,17 @@ def type_out(model, tokenizer, prompt):
 # parameters: the slope of one is 0.001 in every batch, and that of the other flips between 10 and
 # -10. Surely the first should go ahead, since all batches agree about it, and the second should
 # stay where it is. Slope times any one learning rate would do the opposite. *Adam* does what we
-# want. For each parameter it keeps two moving averages, which both begin at 0: m, that of its slope
-# g over the last 1 / (1 - beta1) = 10 steps or so, and v, that of the square of g over the last
-# 100. (We leave out a tiny constant that keeps it from dividing by 0.)
+# want. For each parameter it keeps two moving averages, both of which begin at 0: m averages its
+# slope g over the last 1 / (1 - beta1) = 10 steps or so, and v averages the square of g over the
+# last 100.
 #
 #     m = beta1 * m + (1 - beta1) * g
 #     v = beta2 * v + (1 - beta2) * g * g
 #     w = w - lr * m / sqrt(v)
+#
+# With each new g, all the older ones fade: in m, the g of ten steps ago counts 0.9 ** 10 = 0.35
+# times as much as the newest. (We leave out a tiny constant that keeps the last line from dividing
+# by 0.)
 #
 # As sqrt(v) is the typical size of g, dividing by it cancels the size. If g is the same in each
 # step, be it 0.001 or 10, then m / sqrt(v) comes to 1, and w moves by the full lr. If g alternates
@@ -1074,12 +1081,12 @@ def make_optimizer(total_steps):
         0        /          `-.
                  0  warmup     total_steps
 
-    Why does it rise? In the very first step, m / sqrt(v) is 1 or -1, however small g is, so each
-    parameter would move by the full lr on the word of a single batch. During *warmup*, while m and
-    v gather evidence, steps are kept short. And why does it fall? Near the goal the batches quarrel
-    about every parameter, which keeps it jumping around. Only a lower rate lets it settle. The
-    two lines meet a little below lr, and far below it in a run of few steps, which needs a shorter
-    warmup.
+    Why does it rise? In the very first step, m is 0.1 * g and v is 0.01 * g * g, so m / sqrt(v) is
+    1 or -1, however small g is, and each parameter would move by the full lr on the word of a
+    single batch. During *warmup*, while m and v gather evidence, steps are kept short. And why does
+    it fall? Near the goal the batches quarrel about every parameter, which keeps it jumping around.
+    Only a lower rate lets it settle. As the rate falls from step 0 on, the two lines meet a little
+    below lr, or far below it in a run of few steps, which needs a shorter warmup.
     """
 
     # AdamW calls this with the number of the step, an mx.array, and wants an mx.array back. (The
@@ -1098,8 +1105,9 @@ def make_optimizer(total_steps):
     def is_decayed(name, weight):
         return name.startswith("blocks") and weight.ndim == 2
 
-    # bias_correction: m and v start at 0, so for the first steps they are scaled up, for a fair
-    # start. (It has nothing to do with the biases of a layer.)
+    # bias_correction: m and v both start at 0, but m catches up sooner, so that for a while
+    # m / sqrt(v) would be up to twice as large as it should be. This scales both of them up to what
+    # they should be. (It has nothing to do with the biases of a layer.)
     betas = [beta1, beta2]
     decayed = optim.AdamW(learning_rate, betas, weight_decay=weight_decay, bias_correction=True)
     others = optim.AdamW(learning_rate, betas, weight_decay=0.0, bias_correction=True)
@@ -1132,8 +1140,8 @@ def make_optimizer(total_steps):
 #     random numbers                 do change, for the same reason
 #
 # While you experiment inside step, let make_step end with `return step`, and step is plain Python
-# again. If a compiled step fails while MLX records it, the parameters may no longer hold numbers:
-# restart Python.
+# again. If a compiled step fails while MLX records it, the parameters may be left as mere
+# placeholders, without numbers: restart Python.
 
 
 def make_step(model, optimizer):
@@ -1225,7 +1233,7 @@ def train(resume=False):
     history = []  # for each epoch, its losses, and how many minutes it took
     if resume:
         history = resume_run(model, optimizer, settings)
-    check_machines([settings, history])
+    check_machines([settings, history])  # in case there are several
     if not resume:
         print_settings(tokenizer, settings)
         report("Untrained", evaluate(model, train_part), evaluate(model, val_tokens),
@@ -1397,9 +1405,9 @@ def one_line(text):
 # - To save in mid-epoch, call save_model with a file name of your own that ends in .safetensors.
 # - For gradient accumulation, let step call loss_and_grad on equal parts of its rows, add up the
 #   trees of gradients with mlx.utils.tree_map(mx.add, a, b), and divide by the number of parts, all
-#   before clipping. It saves much more memory if each part waits for the whole of the one before.
-#   To make it wait, give it x = mx.depends([x], [g for _, g in tree_flatten(total)])[0], where
-#   total is the sum so far.
+#   before average_gradients, and likewise with the losses. It saves much more memory if each part
+#   waits for the whole of the one before. To make it wait, give it x = mx.depends([x], [g for _, g
+#   in tree_flatten(total)])[0], where total is the sum so far.
 
 
 class UserError(Exception):
@@ -1448,7 +1456,7 @@ def resume_run(model, optimizer, settings):
     if shapes(saved) != shapes({"model": model.parameters(), "optimizer": optimizer.state}):
         raise UserError(f"{CHECKPOINT} does not match train.py: undo edits, or start over")
     model.update(saved["model"])
-    optimizer.state = saved["optimizer"]  # a new dict, so call make_step only after this
+    optimizer.state = saved["optimizer"]  # a new dict: make_step, which keeps it, must come later
     print(f"Resuming after epoch {len(history) - 1}, val = {history[-1]['val']:.4f}")
     return history
 
@@ -1475,7 +1483,8 @@ def changes(old, new, except_for=()):
 
 
 def all_machines():
-    """The machines that train together, as MLX knows them: usually this one alone."""
+    """The machines that train together: usually this one alone. (In a ring, as mlx.launch connects
+    them, each sends to the next one.)"""
     return mx.distributed.init(backend="ring")
 
 
@@ -1514,7 +1523,7 @@ def report(title, train_loss, val_loss, model, tokenizer):
 def show_line(model, tokenizer):
     """Prints a line of text that the model writes now."""
     text = "".join(continue_text(model, tokenizer, "", WIDTH - 10))
-    print((" " * 10 + one_line(text))[:WIDTH], flush=True)  # a token may be several characters
+    print((" " * 10 + one_line(text))[:WIDTH], flush=True)  # your tokens may be longer
 
 
 class Progress:
@@ -1523,7 +1532,7 @@ class Progress:
 
     def __init__(self, step, total_steps):
         self.step = step
-        self.first_step = step + 1
+        self.first_step = step + 1  # of this run; as it also compiles, the clock starts after it
         self.total_steps = total_steps
         in_terminal = hasattr(sys.stdout, "isatty") and sys.stdout.isatty()
         self.pause = 1 if in_terminal else 15  # seconds
@@ -1535,7 +1544,7 @@ class Progress:
         self.step += 1
         if self.step == self.first_step:
             check_finite(loss.item())
-            self.started = self.last_print = time.perf_counter()  # the first step also compiled
+            self.started = self.last_print = time.perf_counter()
         now = time.perf_counter()
         if now - self.last_print < self.pause:
             return
@@ -1572,8 +1581,8 @@ COMPLETIONS = "completions.txt"  # the text written at the end of a run
 def save_epoch(model, optimizer, tokenizer, settings, history):
     """Saves the model, if it is the best so far, and then the checkpoint.
 
-    The checkpoint comes last: if the run is killed before that, --resume repeats the epoch. (In
-    the first epoch there is nothing to resume yet.)
+    The checkpoint comes last: if the run is killed before that, --resume repeats the epoch. A new
+    run first removes the checkpoint of the old one, which belongs to another model.
     """
     if all_machines().rank() > 0:  # only the first machine writes files
         return
@@ -1600,7 +1609,7 @@ def load_model(path=None):
         config = GPTConfig(**notes["config"])  # the entries of the dict become the arguments
         model = GPT(config)
         model.load_weights(tree_flatten(weights))  # refuses other names or shapes
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError):  # no config, one of another form, other weights
         raise UserError(f"{path} does not match train.py: undo edits, or train again") from None
     model.eval()
     return model, CharTokenizer(notes["vocab"])
@@ -1614,6 +1623,7 @@ def save(path, tree, notes):
     """
     path = Path(path).resolve()
     arrays = dict(tree_flatten(tree))
+    # The temporary folder is beside the file, so that moving the file means only renaming it.
     with tempfile.TemporaryDirectory(prefix="unfinished-", dir=path.parent) as folder:
         unfinished = os.path.join(folder, path.name)
         try:
@@ -1689,7 +1699,7 @@ def on_two_cores(loss_fn):
 
 
 if mx.default_device() == mx.cpu:  # a GPU needs no such help
-    loss_fn = on_two_cores(loss_fn)  # from here on, make_step and evaluate get this one
+    loss_fn = on_two_cores(loss_fn)  # make_step and evaluate look the name up, and find this one
 
 
 # %% 13. The command line

@@ -147,6 +147,7 @@ NUMBER = r"(-?\d[\d,]*\.?\d*)"
     (rf"0\.6 and 0\.4\D* {NUMBER}", lambda: -np.log([0.6, 0.4]).mean()),
     (rf"50,257 tokens\D* {NUMBER} million",
      lambda: reference.count_parameters(50257, 1024, 768, 12) / 1e6),
+    (rf"0\.9 \*\* 10 = {NUMBER}", lambda: 0.9**10),
     (rf"the ratio is only {NUMBER}", lambda: adam([1, -1] * 2000)),
     (rf"random signs\D* {NUMBER}",
      lambda: adam(np.random.default_rng(0).choice([-1, 1], size=20_000)))])
