@@ -287,6 +287,17 @@ def test_the_table_of_the_ladder():
         assert can_come_from(row[4], [speed / speeds[0]])
 
 
+def test_what_the_ladder_is_worth_in_the_default_model():
+    text = section(LADDER).split("<details>")[0]
+    pattern = r"GPT-2 gets (\S+), .* gets (\S+)\. .* GPT-2 gets (\S+), .* eighth, at (\S+),"
+    shown = re.search(pattern, " ".join(text.split())).groups()
+    long = measured("The ladder", "all steps", "20").split(", ")
+    assert long[7] == min(long)
+    wanted = [last("The ladder", "GPT-2", "8"), last("The ladder", "all steps", "8"),
+              last("Losses", "default", "shipped", "0"), long[7]]
+    assert all(can_come_from(figure, [loss]) for figure, loss in zip(shown, wanted, strict=True))
+
+
 def test_the_run_that_is_shown():
     """The losses are those of the small model with the plain wheels, here and in the lesson."""
     wanted = measured("Losses", "small, plain wheels", "shipped", "0").split(", ")
