@@ -793,7 +793,9 @@ class GPT(nn.Module):
             return mx.ones_like(weight)
         # std is the standard deviation, and 0.02 is GPT-2's. There, a layer that receives 768
         # numbers of size 1 gives out numbers of size 0.02 * sqrt(768) = 0.55. In our narrower
-        # models they begin smaller, and grow. (OpenAI's code has 0.01 for wpe.)
+        # models they begin smaller, and grow. (OpenAI's code has 0.01 for wpe. And a layer that
+        # multiplies two outputs, such as SwiGLU, needs 1 / sqrt(n_emb) here, or starts nearly
+        # dead.)
         std = 0.02
         if name.endswith("c_proj.weight"):
             # Each block adds the outputs of two c_proj layers to the residual stream. A sum of N
@@ -1250,7 +1252,7 @@ def train(resume=False):
             loss = step(x, y)
             mx.async_eval(loss, model.state, optimizer.state)  # compute these, but do not wait
             progress.update(loss)
-            if progress.step == 500:  # an early look; put here what you want to do in mid-epoch
+            if progress.step == 500:  # an early look; for more in mid-epoch, see section 12
                 show_line(model, tokenizer)
                 model.train()  # dropout on again, which only matters if step is not compiled
 
@@ -1376,38 +1378,47 @@ def one_line(text):
 #
 # The model:
 #
-# - A new size must be added in three places: the settings, GPTConfig (last and with a default, so
-#   that older files still load), and the call to GPTConfig in train(). Then check that
-#   `parameters`, in the first lines of a run, has changed.
+# - A new size must be added in three places: the settings, GPTConfig (last, and with the value that
+#   it had until now as a default, so that older files still load), and the call to GPTConfig in
+#   train(). Then check that `parameters`, in the first lines of a run, has changed.
 # - init_weight goes by name. In a layer of your own, call matrices and gains `weight` and biases
-#   `bias`. (nn.PReLU then starts with a slope of 1, doing nothing.) And 0.02 is for wide layers: in
-#   a narrow model, a layer that multiplies two outputs, as SwiGLU does, starts nearly dead.
-#   is_decayed goes by name as well, and takes all matrices in `blocks`.
+#   `bias`. (nn.PReLU then starts with a slope of 1, doing nothing.) is_decayed goes by name as
+#   well, and takes all matrices in `blocks`.
 # - For positions as rotations (RoPE), rotate q and k just before the cache. Their first position is
 #   cache.offset, or 0 without a cache. Validation never uses the cache, so a mistake there spoils
 #   only the writing; the doctest of KVCache would tell.
 # - All numbers are float32, good for about seven digits. The bfloat16 of large models has fewer
-#   than three. There, 1 + 0.001 is still 1, so gains that begin at 1 hardly move.
+#   than three: 1 + 0.001 is still 1. To compute in it, cast the weights as well as x, since a
+#   product with a float32 is float32 again; keep the optimizer's weights in float32; and in
+#   loss_fn, cast the logits back, or the losses that you see are rounded as well.
 # - Some doctests describe GPT-2 with single characters. Once yours is another model, they may fail,
 #   and rightly.
 #
 # The text:
 #
-# - If your tokens are not characters, do not compare losses with ours: a loss is per token.
+# - If your tokens are not characters, do not compare losses with ours: a loss is per token. A
+#   prompt should then not end inside a token, and under --look a bar stands for a token, not for a
+#   character.
 # - To train on several texts, split each of them, and join the parts. Otherwise the validation set
 #   is the end of the last text.
 # - To stop at a certain character, return from the loop in continue_text.
 #
 # The training:
 #
-# - To try several values, import train in a script of your own, set train.lr and the names of the
-#   files (train.MODEL and so on), and call train.train(), which returns the losses.
-# - To save in mid-epoch, call save_model with a file name of your own that ends in .safetensors.
+# - To try several values, write a script with `import train` (not `from train import train`), set
+#   train.lr and the names of the files (train.MODEL and so on), and call train.train(), which
+#   returns the losses. Setting train.small comes too late: set the sizes.
+# - In mid-epoch, save with save_model, and to a file name of your own that ends in .safetensors,
+#   since save_epoch moves and overwrites MODEL. Add nothing to `history`, which has one entry for
+#   each epoch. With dropout, call mx.random.seed(progress.step) after show_line or report, which
+#   set the seed themselves.
+# - optim.Muon adds its weight decay to the gradient, where it does harm, so set it to 0.
 # - For gradient accumulation, let step call loss_and_grad on equal parts of its rows, add up the
 #   trees of gradients with mlx.utils.tree_map(mx.add, a, b), and divide by the number of parts, all
 #   before average_gradients, and likewise with the losses. It saves much more memory if each part
 #   waits for the whole of the one before. To make it wait, give it x = mx.depends([x], [g for _, g
-#   in tree_flatten(total)])[0], where total is the sum so far.
+#   in tree_flatten(total)])[0], where total is the sum so far. (But evaluate takes a whole batch at
+#   once.)
 
 
 class UserError(Exception):
