@@ -74,8 +74,9 @@ def test_what_the_seed_and_dropout_change(folder, tiny, command, steps):
         rows.append(str(steps.rows))
         steps.rows.clear()
         weights.append(folder.arrays())
-        config = train.load_model()[0].config
-        assert config == train.GPTConfig(len(VOCAB), 12, 16, 2, 2, dropout)
+        config = vars(train.load_model()[0].config)
+        wanted = dict(vocab_size=len(VOCAB), ctx_len=12, n_emb=16, n_heads=2, n_layers=2)
+        assert config.items() >= {**wanted, "dropout": dropout}.items()
     assert (untrained[0] == untrained[2] or not ON_CPU) and rows[0] == rows[2]
     assert untrained[0] != untrained[1] and rows[0] != rows[1]
     assert not any(np.array_equal(weights[0][name], weights[2][name]) for name in weights[0])
