@@ -247,7 +247,8 @@ def test_the_table_of_losses():
 def test_the_means_of_three_seeds():
     small = [float(last("Losses", "small", "Tiny Shakespeare", seed)) for seed in "012"]
     replica = [float(last("The replica", "default", seed)) for seed in "012"]
-    means = re.search(r"means of three seeds are (\S+) and (\S+),", " ".join(README.split())).groups()
+    text = " ".join(README.split())
+    means = re.search(r"means of three seeds are (\S+) and (\S+),", text).groups()
     assert can_come_from(means[0], [np.mean(small)]) and can_come_from(means[1], [np.mean(replica)])
 
 
