@@ -758,8 +758,8 @@ class Block(nn.Module):
 # probability 1/V, and a loss of -ln(1/V) = ln V. That gives us a test: the first loss must lie
 # close to ln vocab_size. It will lie a little above. As the logits are not quite equal, some tokens
 # are preferred to others before anything has been learned, and that costs more than it gains. If
-# two tokens should get 1/2 each, and get 0.6 and 0.4, the mean of -ln p is 0.714, and not ln
-# 2 = 0.693. An honest beginner knows nothing, and says so.
+# two tokens should get 1/2 each, and get 0.6 and 0.4, the mean of -ln p is 0.714, and not
+# ln 2 = 0.693. An honest beginner knows nothing, and says so.
 
 
 class GPT(nn.Module):
@@ -1087,7 +1087,7 @@ def make_optimizer(total_steps):
     1 or -1, however small g is, and each parameter would move by the full lr on the word of a
     single batch. During *warmup*, while m and v gather evidence, steps are kept short. And why does
     it fall? Near the goal the batches quarrel about every parameter, which keeps it jumping around.
-    Only a lower rate lets it settle. As the rate falls from step 0 on, the two lines meet a little
+    Only a lower rate lets it settle. As the falling line starts at step 0, the two meet a little
     below lr, or far below it in a run of few steps, which needs a shorter warmup.
     """
 
@@ -1108,8 +1108,8 @@ def make_optimizer(total_steps):
         return name.startswith("blocks") and weight.ndim == 2
 
     # bias_correction: m and v both start at 0, but m catches up sooner, so that for a while
-    # m / sqrt(v) would be up to twice as large as it should be. This scales both of them up to what
-    # they should be. (It has nothing to do with the biases of a layer.)
+    # m / sqrt(v) would be up to 2.1 times as large as it should be. This scales both of them up to
+    # what they should be. (It has nothing to do with the biases of a layer.)
     betas = [beta1, beta2]
     decayed = optim.AdamW(learning_rate, betas, weight_decay=weight_decay, bias_correction=True)
     others = optim.AdamW(learning_rate, betas, weight_decay=0.0, bias_correction=True)
