@@ -14,7 +14,7 @@ import train
 from helpers import SOURCE, agrees, missing
 
 HEAD = SOURCE.split('"""')[1]
-PROSE = " ".join(" ".join([HEAD, *re.findall(r"^# ?(.*)$", SOURCE, re.M)]).split())
+PROSE = " ".join(" ".join([HEAD, *re.findall(r"^ *# ?(.*)$", SOURCE, re.M)]).split())
 # Each indented piece of the comments, as a list of its lines.
 TABLES = [[line[1:].strip() for line in piece.splitlines()]
           for piece in re.findall(r"(?:^#     .*\n)+", SOURCE, re.M)]
