@@ -69,7 +69,7 @@ import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten, tree_map_with_path, tree_unflatten
 
-if not hasattr(mx, "new_thread_local_stream"):  # the newest thing that this file uses
+if not hasattr(mx.array, "mT"):  # the newest thing that this file uses
     raise ImportError("this MLX is too old: pip install --upgrade -r requirements.txt")
 
 # %% 1. Settings
@@ -592,9 +592,9 @@ class MultiHeadAttention(nn.Module):
         # *Dropout* sets a fraction of its input, chosen at random, to 0, and scales up the rest to
         # make up for it. It sounds like sabotage, and it is. As no part can rely on any single
         # number, memorizing becomes hard. Such measures against overfitting are called
-        # *regularization*. (In runs as short as ours, weight decay does it better, so in the
-        # settings above dropout is 0.) Dropout acts only in training: model.train() turns it on,
-        # and model.eval() off.
+        # *regularization*. (In our default model, more weight decay did as well without it, so in
+        # the settings above dropout is 0.) Dropout acts only in training: model.train() turns it
+        # on, and model.eval() off.
         self.attn_dropout = nn.Dropout(config.dropout)
         self.resid_dropout = nn.Dropout(config.dropout)  # residual: see section 7
 
@@ -885,8 +885,8 @@ def count_parameters(model):
 
 
 def sees_the_future(model):
-    """Whether a prediction depends on a later token, in which case its loss means nothing. Leaves
-    the model in eval mode.
+    """Whether earlier predictions depend on the last token, in which case the loss means nothing.
+    Leaves the model in eval mode.
 
     If the last token changes, only the last prediction may change:
 
@@ -1387,10 +1387,11 @@ def one_line(text):
 # - For positions as rotations (RoPE), rotate q and k just before the cache. Their first position is
 #   cache.offset, or 0 without a cache. Validation never uses the cache, so a mistake there spoils
 #   only the writing; the doctest of KVCache would tell.
-# - All numbers are float32, good for about seven digits. The bfloat16 of large models has fewer
-#   than three: 1 + 0.001 is still 1. To compute in it, cast the weights as well as x, since a
-#   product with a float32 is float32 again; keep the optimizer's weights in float32; and in
-#   loss_fn, cast the logits back, or the losses that you see are rounded as well.
+# - All numbers are float32, good for about seven digits (though some GPUs multiply with three,
+#   unless MLX_ENABLE_TF32=0 is set). The bfloat16 of large models has fewer than three: 1 + 0.001
+#   is still 1. To compute in it, cast the weights as well as x, since a product with a float32 is
+#   float32 again; keep the optimizer's weights in float32; and in loss_fn, cast the logits back, or
+#   the losses that you see are rounded as well.
 # - Some doctests describe GPT-2 with single characters. Once yours is another model, they may fail,
 #   and rightly.
 #
@@ -1433,7 +1434,7 @@ SAMPLING = ["max_new_tokens", "temperature", "top_k"]  # those that only matter 
 
 def check_settings(names):
     """Raises UserError if one of these settings is too low, or n_emb no multiple of n_heads.
-    (Other mistakes, such as dropout = 1, are reported by MLX or Python.)"""
+    (Some other mistakes, such as dropout = 1, are reported by MLX or Python.)"""
     for name in names:
         value = globals()[name]
         if name in COUNTS and value < 1:
@@ -1445,7 +1446,7 @@ def check_settings(names):
 
 
 def collect_settings(text, model):
-    """What identifies a run: its settings, the number of parameters (which most edits of the model
+    """What identifies a run: its settings, the number of parameters (which many edits of the model
     change), and a checksum of the text."""
     settings = {name: globals()[name] for name in SETTINGS}
     return {**settings, "parameters": count_parameters(model),
@@ -1490,17 +1491,19 @@ def changes(old, new, except_for=()):
 # Several machines can train one model together, if mlx.launch starts this program on all of them
 # (see the README). In each step, each of them computes the gradient for its own rows, and then all
 # take the mean (data parallelism). As they start with the same weights and make the same moves,
-# their models stay the same. Only the first of them writes files and prints.
+# their models stay the same. Only the first of them writes files and prints; errors come from all
+# of them.
 
 
 def all_machines():
-    """The machines that train together: usually this one alone. (In a ring, as mlx.launch connects
-    them, each sends to the next one.)"""
+    """The machines that train together: usually this one alone. (In a ring, each of them is
+    connected to the next one.)"""
     return mx.distributed.init(backend="ring")
 
 
 def check_machines(plan):
-    """Raises UserError unless this plan, which json can write, is the same on all machines."""
+    """Raises UserError unless all machines have this plan, which json can write, and can share the
+    rows of a batch equally."""
     checksum = mx.array([zlib.crc32(json.dumps(plan).encode())], dtype=mx.uint32)  # (1,)
     everyone = mx.distributed.all_gather(checksum, group=all_machines())  # (machines,)
     if mx.any(everyone != checksum):
@@ -1592,8 +1595,8 @@ COMPLETIONS = "completions.txt"  # the text written at the end of a run
 def save_epoch(model, optimizer, tokenizer, settings, history):
     """Saves the model, if it is the best so far, and then the checkpoint.
 
-    The checkpoint comes last: if the run is killed before that, --resume repeats the epoch. A new
-    run first removes the checkpoint of the old one, which belongs to another model.
+    The checkpoint comes last: if the run is killed before that, --resume repeats the epoch (unless
+    it was the first). A new run first removes the old checkpoint, which belongs to another model.
     """
     if all_machines().rank() > 0:  # only the first machine writes files
         return
@@ -1730,7 +1733,7 @@ def main():
     arguments = parser.parse_args([] if in_notebook else None)
     if hasattr(sys.stdout, "reconfigure"):  # for terminals that cannot show every character
         sys.stdout.reconfigure(errors="replace")
-    if all_machines().rank() > 0:  # only the first machine speaks
+    if all_machines().rank() > 0:  # only the first machine prints
         sys.stdout = None  # then print() does nothing
     try:
         if arguments.sample is not None:
