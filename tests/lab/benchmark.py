@@ -37,7 +37,9 @@ def module(source=SOURCE, small=False, two_cores=True):
     """A script like train.py as a module, with the settings of one of its models."""
     source = re.sub(r"^small = .*", f"small = {small}", source, flags=re.M)
     if not two_cores:
-        source = source.replace("\n    loss_fn = on_two_cores(loss_fn)\n", "\n    pass\n")
+        source, n = re.subn(r"^    loss_fn = on_two_cores\(.*$", "    pass", source, flags=re.M)
+        if n != 1:
+            raise ValueError("train.py does not use on_two_cores once")
     train = types.ModuleType("train")
     sys.modules["train"] = train  # dataclass looks there
     exec(compile(source, "train.py", "exec"), vars(train))
