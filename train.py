@@ -1373,8 +1373,9 @@ def one_line(text):
 
 # %% 12. The parts of a run
 #
-# Here are the helpers that train() calls, in the order in which it calls them. There is nothing new
-# about GPT in them. But first, some things that save you trouble when you change what stands above.
+# Here are the helpers that train() calls, roughly in the order in which it calls them. There is
+# nothing new about GPT in them. But first, some things that save you trouble when you change what
+# stands above.
 #
 # The model:
 #
@@ -1441,7 +1442,7 @@ def check_settings(names):
             raise UserError(f"{name} = {value} must be at least 1")
         if name in AMOUNTS and not value >= 0:  # value < 0 would let nan pass
             raise UserError(f"{name} = {value} must be at least 0")
-    if "n_heads" in names and n_emb % n_heads != 0:
+    if "n_heads" in names and n_emb % n_heads != 0:  # not if only SAMPLING is checked
         raise UserError(f"n_emb = {n_emb} must be a multiple of n_heads = {n_heads}")
 
 
@@ -1496,8 +1497,8 @@ def changes(old, new, except_for=()):
 
 
 def all_machines():
-    """The machines that train together: usually this one alone. (In a ring, each of them is
-    connected to the next one.)"""
+    """The machines that train together: usually this one alone. rank() is the number of this one,
+    from 0, and size() says how many there are. (In a ring, each is connected to the next one.)"""
     return mx.distributed.init(backend="ring")
 
 
@@ -1528,7 +1529,7 @@ def report(title, train_loss, val_loss, model, tokenizer):
     """Prints the losses, and what the model writes now."""
     perplexity = math.exp(min(val_loss, 700))  # exp(1000) would overflow
     losses = f"{title} | train = {train_loss:.4f} | val = {val_loss:.4f}"
-    print(f"{losses} | perplexity {perplexity:.3g}".ljust(WIDTH))  # wipes out the progress line
+    print(f"{losses} | perplexity {perplexity:.3g}".ljust(WIDTH))  # covers a line by Progress
     show_line(model, tokenizer)
     if sees_the_future(model):
         print(" " * 10 + "Warning: this model sees the future, so its losses mean nothing.")
@@ -1546,7 +1547,7 @@ class Progress:
 
     def __init__(self, step, total_steps):
         self.step = step
-        self.first_step = step + 1  # of this run; as it also compiles, the clock starts after it
+        self.first_step = step + 1  # which also compiles, so the clock starts after it
         self.total_steps = total_steps
         in_terminal = hasattr(sys.stdout, "isatty") and sys.stdout.isatty()
         self.pause = 1 if in_terminal else 15  # seconds
@@ -1622,7 +1623,7 @@ def load_model(path=None):
     try:
         config = GPTConfig(**notes["config"])  # the entries of the dict become the arguments
         model = GPT(config)
-        model.load_weights(tree_flatten(weights))  # refuses other names or shapes
+        model.load_weights(tree_flatten(weights))  # (name, array) pairs; refuses other shapes
     except (KeyError, TypeError, ValueError):  # no config, one of another form, other weights
         raise UserError(f"{path} does not match train.py: undo edits, or train again") from None
     model.eval()
@@ -1652,7 +1653,7 @@ def load(path):
     try:
         arrays, metadata = mx.load(str(path), return_metadata=True)
         return tree_unflatten(arrays), json.loads(metadata["notes"])
-    except (RuntimeError, KeyError, ValueError):
+    except (RuntimeError, KeyError, ValueError):  # no such file, no notes, notes of another form
         raise UserError(f"cannot read {Path(path).resolve()}: run python train.py first") from None
 
 
@@ -1669,7 +1670,8 @@ def finish(settings, history):
     with open(RUN_LOG, "a", encoding="utf-8") as log:
         log.write(json.dumps(run) + "\n")
 
-    text = type_out(*load_model(), "")
+    model, tokenizer = load_model()
+    text = type_out(model, tokenizer, "")
     Path(COMPLETIONS).write_text(text, encoding="utf-8", newline="\n")
     print(f"\nThe best weights, in {MODEL}, have a validation loss of {best:.4f}. "
           f"Trained in {minutes:.1f} minutes ({device}, MLX {mx.__version__}).")
@@ -1747,7 +1749,7 @@ def main():
         sys.exit("\ntrain.py: stopped")
     except BrokenPipeError:  # no one reads on, as after: python train.py --sample | head
         with contextlib.suppress(BrokenPipeError):
-            sys.stdout.close()  # or Python would try once more to print the rest
+            sys.stdout.close()  # or Python would try to print the rest at exit
         sys.exit(1)
     except UnicodeDecodeError as error:
         sys.exit(f"train.py: input.txt is not UTF-8: {error}")
@@ -1760,7 +1762,7 @@ def load_model_for(prompt):
     check_settings(SAMPLING)
     model, tokenizer = load_model()
     try:
-        tokenizer.encode(prompt)
+        tokenizer.encode(prompt)  # only to see whether it can
     except KeyError as error:
         known = "".join(tokenizer.vocab[:100])
         raise UserError(f"the model does not know {error}. It knows {known!r}") from None
