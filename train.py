@@ -1087,8 +1087,8 @@ def make_optimizer(total_steps):
     1 or -1, however small g is, and each parameter would move by the full lr on the word of a
     single batch. During *warmup*, while m and v gather evidence, steps are kept short. And why does
     it fall? Near the goal the batches quarrel about every parameter, which keeps it jumping around.
-    Only a lower rate lets it settle. As the falling line starts at step 0, the two meet a little
-    below lr, or far below it in a run of few steps, which needs a shorter warmup.
+    Only a lower rate lets it settle. As the falling line starts at step 0, the rising line meets it
+    a little below lr, or far below lr in a run of few steps, which needs a shorter warmup.
     """
 
     # AdamW calls this with the number of the step, an mx.array, and wants an mx.array back. (The
@@ -1503,8 +1503,8 @@ def all_machines():
 
 
 def check_machines(plan):
-    """Raises UserError unless all machines have this plan, which json can write, and can share the
-    rows of a batch equally."""
+    """Raises UserError unless all machines have the same plan and can share the rows of a batch
+    equally. The plan is anything that json can write."""
     checksum = mx.array([zlib.crc32(json.dumps(plan).encode())], dtype=mx.uint32)  # (1,)
     everyone = mx.distributed.all_gather(checksum, group=all_machines())  # (machines,)
     if mx.any(everyone != checksum):
@@ -1597,7 +1597,8 @@ def save_epoch(model, optimizer, tokenizer, settings, history):
     """Saves the model, if it is the best so far, and then the checkpoint.
 
     The checkpoint comes last: if the run is killed before that, --resume repeats the epoch (unless
-    it was the first). A new run first removes the old checkpoint, which belongs to another model.
+    it was the first). The first save of a new run begins by removing the old checkpoint, which
+    belongs to another model.
     """
     if all_machines().rank() > 0:  # only the first machine writes files
         return
