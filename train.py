@@ -1208,7 +1208,7 @@ def evaluate(model, tokens):
 # any of this. All it ever got was the next character.
 #
 # And this is the run itself, from the file to the finished model. What you have not met yet has a
-# name that says what it does, and follows in section 12, in the same order.
+# name that says what it does, and follows in section 12, in much the same order.
 
 
 def train(resume=False):

@@ -47,6 +47,11 @@ def edited(source, *edits):
     return source
 
 
+def forced(small):
+    """The script with its settings for the small model, or for the default one."""
+    return edited(SOURCE, (r"^small = .*$", f"small = {small}"))
+
+
 def with_settings(source, **settings):
     """The script with settings assigned anew at the end of section 1."""
     assert source.count("\n# %% 2. ") == 1, "train.py has no mark of section 2"

@@ -73,10 +73,15 @@ def forward(weights, tokens, n_heads):
     return norm(x, "ln_f") @ w["wte.weight"].T
 
 
-def loss(weights, x, y, n_heads):
-    """The mean cross-entropy of batches x and y (B, T)."""
-    p = softmax(forward(weights, x, n_heads))
+def cross_entropy(logits, y):
+    """The mean of -ln p of the targets y (B, T), by logits (B, T, vocab_size)."""
+    p = softmax(np.asarray(logits, dtype=np.float64))
     return -np.log(np.take_along_axis(p, y[..., None], axis=2)).mean()
+
+
+def loss(weights, x, y, n_heads):
+    """The loss of GPT-2 with these weights, for batches x and y (B, T)."""
+    return cross_entropy(forward(weights, x, n_heads), y)
 
 
 class AdamW:

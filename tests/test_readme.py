@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import reference
 import train
-from helpers import (ROOT, SOURCE, TEXT, TINY, agrees, epochs, missing, module_from, random_tokens,
-                     with_settings)
+from helpers import (ROOT, SOURCE, TEXT, TINY, agrees, epochs, forced, missing, module_from,
+                     random_tokens, with_settings)
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 MEASUREMENTS = (ROOT / "tests" / "lab" / "MEASUREMENTS.md").read_text(encoding="utf-8")
@@ -277,8 +277,7 @@ def test_the_table_of_the_ladder():
              if re.match(r"\| \d\. ", line)]
     speeds = re.search(r"at ([\d,]+) tokens.*?at (.*)\. A full", MEASUREMENTS, re.S).groups()
     speeds = [int(n.replace(",", "")) for n in re.findall(r"\d+,\d+", " ".join(speeds))]
-    small = re.sub(r"^small = .*", "small = True", SOURCE, flags=re.M)
-    sources = applied(experiments.ladder, small)
+    sources = applied(experiments.ladder, forced(small=True))
     for row, losses, speed, source in zip(rows, noted, speeds, sources, strict=True):
         module = module_from(source)
         model = benchmark.new_model(module)
@@ -311,7 +310,7 @@ def test_the_run_that_is_shown():
 
 def test_the_settings_that_are_shown():
     shown = dict(re.findall(r"(\w+)=([\w.]+)", section("What you will see")))
-    small = module_from(re.sub(r"^small = .*", "small = True", SOURCE, flags=re.M), "small")
+    small = module_from(forced(small=True), "small")
     if any(shown[name] != str(getattr(small, name)) for name in small.SETTINGS):
         missing("the settings are not those that the README shows")
     assert shown["parameters"] == "44800"

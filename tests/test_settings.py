@@ -4,14 +4,9 @@ import re
 
 import mlx.core as mx
 import pytest
-from helpers import ROOT, SOURCE, TEXT, TINY, edited, epochs, missing, module_from, with_settings
+from helpers import ROOT, SOURCE, TEXT, TINY, epochs, forced, missing, module_from, with_settings
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-
-
-def forced(small):
-    """The source with its settings for the small model, or for the default one."""
-    return edited(SOURCE, (r"^small = .*$", f"small = {small}"))
 
 
 @pytest.mark.parametrize("small", [True, False])
