@@ -1144,15 +1144,26 @@ def make_optimizer(total_steps):
 # While you experiment inside step, let make_step end with `return step`, and step is plain Python
 # again. If a compiled step fails while MLX records it, the parameters may be left as mere
 # placeholders, without numbers: restart Python.
+#
+# And if you have several Macs? They can train one model together. mlx.launch starts this program on
+# each of them (see the README), each finds the gradient for its own rows of a batch, and the mean
+# of these gradients is that of the whole batch. This is called *data parallelism*. As all machines
+# begin with the same weights and make the same moves, their models stay the same. A Mac that is
+# alone has all the rows, and for it the lines with `world` and `mine` change nothing.
+
+
+def all_machines():
+    """The machines that train together, as a group: its size(), and this machine's rank() in it, a
+    number from 0. Usually the group is this machine alone. (In a ring, each is connected to the
+    next.)"""
+    return mx.distributed.init(backend="ring")
 
 
 def make_step(model, optimizer):
     """Returns a function step(x, y), which trains the model on a batch and returns its loss."""
     loss_and_grad = nn.value_and_grad(model, loss_fn)  # or with a loss of your own
-    # The lines with `world` and `mine` are for several machines that share each batch (section 12).
-    # On a single machine, they change nothing.
     world = all_machines()
-    mine = slice(world.rank(), None, world.size())  # this machine's rows: if it is alone, all
+    mine = slice(world.rank(), None, world.size())  # this machine's rows; if it is alone, all
 
     def step(x, y):
         loss, grads = loss_and_grad(model, x[mine], y[mine])
@@ -1185,6 +1196,10 @@ def evaluate(model, tokens):
         total += loss_fn(model, x, y).item() * y.size  # the last batch can be smaller
         count += y.size
     return total / count
+
+
+class UserError(Exception):
+    """A mistake that you can fix, such as too short a text. It is shown without a traceback."""
 
 
 # Here, then, is the heart of what a run of the small model prints: the losses, and under them what
@@ -1423,13 +1438,8 @@ def one_line(text):
 #   once.)
 
 
-class UserError(Exception):
-    """An error that the user can fix. main() shows it on one line, without a traceback."""
-
-
 COUNTS = ["ctx_len", "n_emb", "n_heads", "n_layers", "num_epochs", "batch_size", "max_new_tokens",
-          "top_k"]  # these must be at least 1, and the next ones at least 0
-AMOUNTS = ["dropout", "lr", "warmup_steps", "weight_decay", "max_norm", "seed", "temperature"]
+          "top_k"]  # these settings must be at least 1, and all other numbers at least 0
 SAMPLING = ["max_new_tokens", "temperature", "top_k"]  # those that only matter for writing
 
 
@@ -1438,10 +1448,9 @@ def check_settings(names):
     (Some other mistakes, such as dropout = 1, are reported by MLX or Python.)"""
     for name in names:
         value = globals()[name]
-        if name in COUNTS and value < 1:
-            raise UserError(f"{name} = {value} must be at least 1")
-        if name in AMOUNTS and not value >= 0:  # value < 0 would let nan pass
-            raise UserError(f"{name} = {value} must be at least 0")
+        least = 1 if name in COUNTS else 0
+        if not isinstance(value, str) and not value >= least:  # value < least would let nan pass
+            raise UserError(f"{name} = {value} must be at least {least}")
     if "n_heads" in names and n_emb % n_heads != 0:  # not if only SAMPLING is checked
         raise UserError(f"n_emb = {n_emb} must be a multiple of n_heads = {n_heads}")
 
@@ -1489,22 +1498,9 @@ def changes(old, new, except_for=()):
             if old.get(name) != new.get(name) and name not in except_for]
 
 
-# Several machines can train one model together, if mlx.launch starts this program on all of them
-# (see the README). In each step, each of them computes the gradient for its own rows, and then all
-# take the mean (data parallelism). As they start with the same weights and make the same moves,
-# their models stay the same. Only the first of them writes files and prints; errors come from all
-# of them.
-
-
-def all_machines():
-    """The machines that train together: usually this one alone. rank() is the number of this one,
-    from 0, and size() says how many there are. (In a ring, each is connected to the next one.)"""
-    return mx.distributed.init(backend="ring")
-
-
 def check_machines(plan):
-    """Raises UserError unless all machines have the same plan and can share the rows of a batch
-    equally. The plan is anything that json can write."""
+    """Raises UserError unless all machines have the same plan (settings and history) and can share
+    the rows of a batch equally."""
     checksum = mx.array([zlib.crc32(json.dumps(plan).encode())], dtype=mx.uint32)  # (1,)
     everyone = mx.distributed.all_gather(checksum, group=all_machines())  # (machines,)
     if mx.any(everyone != checksum):
@@ -1527,7 +1523,7 @@ def print_settings(tokenizer, settings):
 
 def report(title, train_loss, val_loss, model, tokenizer):
     """Prints the losses, and what the model writes now."""
-    perplexity = math.exp(min(val_loss, 700))  # exp(1000) would overflow
+    perplexity = mx.exp(val_loss).item()  # inf, if that is too large a number
     losses = f"{title} | train = {train_loss:.4f} | val = {val_loss:.4f}"
     print(f"{losses} | perplexity {perplexity:.3g}".ljust(WIDTH))  # covers a line by Progress
     show_line(model, tokenizer)
@@ -1542,29 +1538,24 @@ def show_line(model, tokenizer):
 
 
 class Progress:
-    """Prints how far the training has come: in a terminal, on one line, every second; otherwise
-    (in a file, for example) a new line every 15 seconds."""
+    """Prints once a second how far the training has come, always on the same line."""
 
     def __init__(self, step, total_steps):
-        self.step = step
-        self.first_step = step + 1  # which also compiles, so the clock starts after it
+        self.step = step  # steps made so far, some of them perhaps before a --resume
         self.total_steps = total_steps
-        in_terminal = hasattr(sys.stdout, "isatty") and sys.stdout.isatty()
-        self.pause = 1 if in_terminal else 15  # seconds
-        self.end = "\r" if in_terminal else "\n"  # after \r, the next line overwrites this one
+        self.first_step = step + 1  # it also compiles, so the clock starts after it
 
     def update(self, loss):
-        """Counts a step, whose loss is a scalar array. In the first step, and whenever it is time
-        to print a line, also checks the loss. Raises UserError if it is nan or infinite."""
+        """Counts a step, whose loss is a scalar array. Once a second, also checks and prints it.
+        Raises UserError if it is nan or infinite."""
         self.step += 1
+        now = time.perf_counter()  # seconds
         if self.step == self.first_step:
-            check_finite(loss.item())
-            self.started = self.last_print = time.perf_counter()
-        now = time.perf_counter()
-        if now - self.last_print < self.pause:
+            self.started = self.last_print = now
+        if now - self.last_print < 1:
             return
         self.last_print = now
-        loss = loss.item()  # not in every step: this waits for the GPU
+        loss = loss.item()  # not in every step, since this waits for the GPU
         check_finite(loss)
         steps_per_second = (self.step - self.first_step) / (now - self.started)
         tokens_per_second = steps_per_second * batch_size * ctx_len
@@ -1572,7 +1563,7 @@ class Progress:
         line = (f"step {self.step:,}/{self.total_steps:,}, loss {loss:.2f}, "
                 f"{tokens_per_second:,.0f} tokens/s, {minutes_left:.1f} min left")
         width = shutil.get_terminal_size().columns - 1
-        print(line.ljust(WIDTH)[:width], end=self.end, flush=True)
+        print(line.ljust(WIDTH)[:width], end="\r", flush=True)  # \r: the next line overwrites it
 
 
 def check_finite(loss):
@@ -1617,9 +1608,8 @@ def save_model(path, model, tokenizer):
     save(path, model.parameters(), {"config": asdict(model.config), "vocab": tokenizer.vocab})
 
 
-def load_model(path=None):
-    """A saved model (by default, MODEL), in eval mode, and its tokenizer. Raises UserError."""
-    path = path or MODEL  # looked up now, so that you can set train.MODEL
+def load_model(path):
+    """A saved model, in eval mode, and its tokenizer. Raises UserError."""
     weights, notes = load(path)
     try:
         config = GPTConfig(**notes["config"])  # the entries of the dict become the arguments
@@ -1662,7 +1652,6 @@ def finish(settings, history):
     """Logs the run, writes a text with the best weights, and shows what the last run did."""
     if all_machines().rank() > 0:
         return
-    last = last_run(settings["input.txt"])  # before this run is logged as well
     best = min(epoch["val"] for epoch in history)
     minutes = sum(epoch["minutes"] for epoch in history)
     device = mx.device_info()["device_name"]
@@ -1671,45 +1660,45 @@ def finish(settings, history):
     with open(RUN_LOG, "a", encoding="utf-8") as log:
         log.write(json.dumps(run) + "\n")
 
-    model, tokenizer = load_model()
-    text = type_out(model, tokenizer, "")
+    text = type_out(*load_model(MODEL), "")
     Path(COMPLETIONS).write_text(text, encoding="utf-8", newline="\n")
     print(f"\nThe best weights, in {MODEL}, have a validation loss of {best:.4f}. "
           f"Trained in {minutes:.1f} minutes ({device}, MLX {mx.__version__}).")
+    last = last_run(settings["input.txt"])
     if last is not None:
         changed = ", ".join(changes(last["settings"], settings)) or "no settings"
         print(f"The last run on this text had {last['best_val']:.4f}. Changed since: {changed}.")
 
 
 def last_run(checksum):
-    """The last run in RUN_LOG that trained on a text with this checksum, or None."""
-    if not Path(RUN_LOG).exists():
-        return None
-    lines = Path(RUN_LOG).read_text(encoding="utf-8", errors="replace").splitlines()
-    for line in reversed(lines):
+    """The last run in RUN_LOG before this one, on a text with this checksum, or None."""
+    last = None
+    # All lines but the last one, which is this run.
+    for line in Path(RUN_LOG).read_text(encoding="utf-8", errors="replace").splitlines()[:-1]:
         with contextlib.suppress(ValueError, KeyError, TypeError):  # not a line by finish()
             run = json.loads(line)
             if run["settings"]["input.txt"] == checksum:
-                return run
-    return None
+                last = run
+    return last
 
 
-def on_two_cores(loss_fn):
+def on_two_cores(one_core_loss):
     """The same loss function, but with half of the rows of each batch on a second CPU core.
 
-    A stream is a queue of operations, and on a CPU each stream has its own thread. Both calls below
-    only build a graph, as MLX is lazy. When the loss is needed, both threads compute. The backward
-    pass is shared in the same way, since each slope is found on the stream of its operation.
+    MLX puts operations into a queue, called a stream, and on a CPU each stream has a thread that
+    computes them. So all it takes is a second stream. Operations made under mx.stream(...) go
+    there, and so does what belongs to them in the backward pass. (Thread-local: if you train in a
+    thread of your own, that thread gets its own second stream.)
     """
     second_stream = mx.new_thread_local_stream(mx.cpu)
 
     def two_core_loss(model, x, y):
         half = len(x) // 2
         if 2 * half != len(x):  # the mean of the means of two unequal parts is not that of all
-            return loss_fn(model, x, y)
-        first = loss_fn(model, x[:half], y[:half])
+            return one_core_loss(model, x, y)
+        first = one_core_loss(model, x[:half], y[:half])  # nothing is computed yet: MLX is lazy
         with mx.stream(second_stream):
-            second = loss_fn(model, x[half:], y[half:])
+            second = one_core_loss(model, x[half:], y[half:])
         return (first + second) / 2
 
     return two_core_loss
@@ -1749,8 +1738,7 @@ def main():
     except KeyboardInterrupt:  # Ctrl-C
         sys.exit("\ntrain.py: stopped")
     except BrokenPipeError:  # no one reads on, as after: python train.py --sample | head
-        with contextlib.suppress(BrokenPipeError):
-            sys.stdout.close()  # or Python would try to print the rest at exit
+        sys.stdout = None  # or Python would try to print the rest at exit
         sys.exit(1)
     except UnicodeDecodeError as error:
         sys.exit(f"train.py: input.txt is not UTF-8: {error}")
@@ -1761,7 +1749,7 @@ def main():
 def load_model_for(prompt):
     """The saved model and its tokenizer. Raises UserError if they cannot read the prompt."""
     check_settings(SAMPLING)
-    model, tokenizer = load_model()
+    model, tokenizer = load_model(MODEL)
     try:
         tokenizer.encode(prompt)  # only to see whether it can
     except KeyError as error:

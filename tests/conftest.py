@@ -40,11 +40,12 @@ def command(tiny, monkeypatch, capsys):
     """Runs the command line in this process. Returns what it printed, and its exit status."""
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+        status = 0
         try:
             train.main()
         except SystemExit as end:
-            return capsys.readouterr().out, end.code
-        return capsys.readouterr().out, 0
+            status = end.code
+        return capsys.readouterr().out.replace("\r", "\n"), status  # \r follows a line of progress
     return run
 
 

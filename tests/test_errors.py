@@ -72,12 +72,6 @@ def test_a_loss_that_diverges_is_noticed_in_time(trained, tiny, command, steps, 
     assert len(steps.rows) <= (5 if seconds else 20)
 
 
-def test_a_loss_that_is_nan_from_the_start(folder, command, steps, monkeypatch):
-    steps.seconds = 0  # no progress
-    monkeypatch.setattr(train.GPT, "init_weight", lambda model, name, array: array * math.nan)
-    assert "from the start" in refused(folder, command) and len(steps.rows) == 1
-
-
 # Lets no file grow larger than that, as if the disk were full.
 SMALL_FILES = """
 import resource, signal, train

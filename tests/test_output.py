@@ -45,11 +45,10 @@ def test_no_terminal_at_all(folder, command, monkeypatch, stdout):
 
 
 @pytest.mark.parametrize("width", [12, 150])
-def test_progress_takes_one_row_of_a_terminal(folder, tiny, command, steps, monkeypatch, width):
+def test_progress_takes_one_row(folder, tiny, command, steps, monkeypatch, width):
     tiny(num_epochs=5)  # so that it takes over ten minutes, and the lines become shorter
     steps.seconds = 14
     terminal = io.StringIO()
-    terminal.isatty = lambda: True
     monkeypatch.setattr(sys, "stdout", terminal)
     monkeypatch.setenv("COLUMNS", str(width))
     assert command()[1] == 0

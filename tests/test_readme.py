@@ -85,7 +85,7 @@ def test_a_step_of_the_ladder(number, steps, here, monkeypatch, capsys):
     assert epochs(output) == [0, 1] and "sees the future" not in output
     assert "\nblock 0, head 1" in command(module, monkeypatch, capsys, "--look", "7 sheep")
 
-    model, _ = module.load_model()
+    model, _ = module.load_model(module.MODEL)
     tokens = mx.array(random_tokens(2, 12))
     whole, caches = model(tokens), [module.KVCache() for _ in model.blocks]
     parts = [model(tokens[:, start:end], caches) for start, end in ((0, 4), (4, 5), (5, 12))]
@@ -96,7 +96,7 @@ def test_a_step_of_the_ladder(number, steps, here, monkeypatch, capsys):
         before.train(resume=True)
     if number < 6:  # the last step changes only the optimizer
         with pytest.raises(before.UserError):
-            before.load_model()
+            before.load_model(before.MODEL)
     assert epochs(command(module, monkeypatch, capsys, "--resume")) == [2]
 
 
@@ -177,7 +177,7 @@ def test_the_way_back(gpt2, here, monkeypatch, capsys):
     command(module, monkeypatch, capsys)
     monkeypatch.setitem(sys.modules, "train", module)
     exec(compile(block_after("export.py"), "export.py", "exec"), {})
-    model, _ = module.load_model()
+    model, _ = module.load_model(module.MODEL)
     twin = gpt2.load_gpt2("my-gpt2/model.safetensors", n_heads=TINY["n_heads"])
     tokens = mx.array(random_tokens(2, 12))
     assert mx.allclose(twin(tokens), model(tokens), atol=1e-5)

@@ -55,7 +55,7 @@ def test_each_loss_is_of_the_right_text(folder, command, watch, steps):
     boundary = len(TEXT) * 9 // 10
     texts = ["".join(VOCAB[token] for token in tokens) for _, tokens, _ in measured]
     assert texts == [TEXT[: len(TEXT) - boundary], TEXT[boundary:]] * 3
-    assert f"{train.evaluate(train.load_model()[0], measured[-1][1]):.4f}" == shown[-1]
+    assert f"{train.evaluate(train.load_model(train.MODEL)[0], measured[-1][1]):.4f}" == shown[-1]
 
     n = len(steps.rows)
     assert planned[0][0] == n  # the schedule ends with the last step
@@ -74,7 +74,7 @@ def test_what_the_seed_and_dropout_change(folder, tiny, command, steps):
         rows.append(str(steps.rows))
         steps.rows.clear()
         weights.append(folder.arrays())
-        config = vars(train.load_model()[0].config)
+        config = vars(train.load_model(train.MODEL)[0].config)
         wanted = dict(vocab_size=len(VOCAB), ctx_len=12, n_emb=16, n_heads=2, n_layers=2)
         assert config.items() >= {**wanted, "dropout": dropout}.items()
     assert (untrained[0] == untrained[2] or not ON_CPU) and rows[0] == rows[2]
@@ -264,7 +264,7 @@ def assert_bars(row, shares):
 def test_look(folder, tiny, command, watch, prompt):
     tiny(dropout=0.5, n_layers=2, num_epochs=1)
     command()
-    model, tokenizer = train.load_model()
+    model, tokenizer = train.load_model(train.MODEL)
     attention, tokens = watch(train, "attention_weights"), np.array(tokenizer.encode(prompt))
     p = reference.softmax(np.array(model(mx.array(tokens[None]))[0]))
     heads = np.concatenate([weights[0, :, -1] for _, _, weights in attention])
