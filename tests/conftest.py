@@ -37,12 +37,13 @@ def tiny(monkeypatch):
 
 @pytest.fixture
 def command(tiny, monkeypatch, capsys):
-    """Runs the command line in this process. Returns what it printed, and its exit status."""
-    def run(*arguments):
+    """Runs the command line of a module in this process. Returns what it printed, and its exit
+    status."""
+    def run(*arguments, module=train):
         monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
         status = 0
         try:
-            train.main()
+            module.main()
         except SystemExit as end:
             status = end.code
         return capsys.readouterr().out.replace("\r", "\n"), status  # \r follows a line of progress

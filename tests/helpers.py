@@ -8,6 +8,7 @@ import sys
 import types
 from pathlib import Path
 
+import experiments
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -54,9 +55,8 @@ def forced(small):
 
 def with_settings(source, **settings):
     """The script with settings assigned anew at the end of section 1."""
-    assert source.count("\n# %% 2. ") == 1, "train.py has no mark of section 2"
     lines = "".join(f"{name} = {value!r}\n" for name, value in settings.items())
-    return source.replace("\n# %% 2. ", f"\n{lines}# %% 2. ")
+    return experiments.set_constants(source, lines)
 
 
 def module_from(source, name="edited"):
@@ -121,10 +121,10 @@ def assert_same_run(folder, other):
         assert folder.read("completions.txt") == other.read("completions.txt")
 
 
-def refused(folder, command, *arguments):
+def refused(folder, command, *arguments, **options):
     """Runs a command that must refuse, and change nothing. Returns its one-line message."""
     before = folder.files()
-    output, status = command(*arguments)
+    output, status = command(*arguments, **options)
     assert isinstance(status, str) and "\n" not in status  # which Python prints, and exits with 1
     assert not arguments or output == ""
     assert epochs(output) == [] and folder.files() == before
