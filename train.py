@@ -1086,14 +1086,15 @@ def make_optimizer(total_steps):
     Why does it rise? In the very first step, m is 0.1 * g and v is 0.01 * g * g, so m / sqrt(v) is
     1 or -1, however small g is, and each parameter would move by the full lr on the word of a
     single batch. During *warmup*, while m and v gather evidence, steps are kept short. And why does
-    it fall? Near the goal the batches quarrel about every parameter, which keeps it jumping around.
-    Only a lower rate lets it settle. As the falling line starts at step 0, the rising line meets it
-    a little below lr, or far below lr in a run of few steps, which needs a shorter warmup.
+    it fall? Near the goal the batches quarrel, and every parameter keeps jumping around. Only a
+    lower rate lets it settle. The rate is always the lower one of the two lines. As the falling one
+    starts at step 0, they meet a little below lr, or, in a run of few steps, far below it, so such
+    a run needs a shorter warmup.
     """
 
     # AdamW calls this with the number of the step, an mx.array, and wants an mx.array back. (The
-    # number is unsigned: step - 100 would wrap around below 0.) Many let the rate fall as half a
-    # cosine wave:
+    # number is unsigned: if you subtract from it, it can wrap around below 0.) Many let the rate
+    # fall as half a cosine wave:
     #     fall = (1 + mx.cos(math.pi * step / total_steps)) / 2
     # For a constant rate after the warmup: return lr * mx.minimum(rise, 1)
     def learning_rate(step):
@@ -1107,9 +1108,9 @@ def make_optimizer(total_steps):
     def is_decayed(name, weight):
         return name.startswith("blocks") and weight.ndim == 2
 
-    # bias_correction: m and v both start at 0, but m catches up sooner, so that for a while
-    # m / sqrt(v) would be up to 2.1 times as large as it should be. This scales both of them up to
-    # what they should be. (It has nothing to do with the biases of a layer.)
+    # bias_correction: m and v both start at 0, but m catches up sooner. So, soon after the first
+    # step, m / sqrt(v) would be up to 2.1 times as large as it should be. This scales both of them
+    # up to what they should be. (It has nothing to do with the biases of a layer.)
     betas = [beta1, beta2]
     decayed = optim.AdamW(learning_rate, betas, weight_decay=weight_decay, bias_correction=True)
     others = optim.AdamW(learning_rate, betas, weight_decay=0.0, bias_correction=True)
@@ -1143,27 +1144,29 @@ def make_optimizer(total_steps):
 #
 # While you experiment inside step, let make_step end with `return step`, and step is plain Python
 # again. If a compiled step fails while MLX records it, the parameters may be left as mere
-# placeholders, without numbers: restart Python.
+# placeholders, without numbers. In a notebook, you must then restart the kernel.
 #
 # And if you have several Macs? They can train one model together. mlx.launch starts this program on
 # each of them (see the README), each finds the gradient for its own rows of a batch, and the mean
-# of these gradients is that of the whole batch. This is called *data parallelism*. As all machines
-# begin with the same weights and make the same moves, their models stay the same. A Mac that is
-# alone has all the rows, and for it the lines with `world` and `mine` change nothing.
+# of these gradients is the gradient of the whole batch. This is called *data parallelism*. As all
+# machines begin with the same weights and make the same moves, their models stay the same. In
+# make_step, three lines do it, the ones with `world` and `mine`. For a Mac that is alone, they
+# change nothing.
 
 
 def all_machines():
-    """The machines that train together, as a group: its size(), and this machine's rank() in it, a
-    number from 0. Usually the group is this machine alone. (In a ring, each is connected to the
-    next.)"""
+    """The group of machines that train together, which is usually this machine alone. It has a
+    size(), and this machine's number in it, from 0, is its rank(). All calls return the same group.
+    """
     return mx.distributed.init(backend="ring")
 
 
 def make_step(model, optimizer):
-    """Returns a function step(x, y), which trains the model on a batch and returns its loss."""
+    """Returns a function step(x, y), which trains the model on a batch and returns its loss (the
+    loss of this machine's rows, if there are several machines)."""
     loss_and_grad = nn.value_and_grad(model, loss_fn)  # or with a loss of your own
     world = all_machines()
-    mine = slice(world.rank(), None, world.size())  # this machine's rows; if it is alone, all
+    mine = slice(world.rank(), None, world.size())  # this machine's share: x[mine] is x[rank::size]
 
     def step(x, y):
         loss, grads = loss_and_grad(model, x[mine], y[mine])
@@ -1183,9 +1186,9 @@ def make_step(model, optimizer):
 # How will we know when to stop? While the loss falls on both sets, keep going. If it still falls on
 # the training set but rises on the validation set, the model has begun to memorize, so use more
 # text, more dropout or weight decay, or a smaller model. We keep the weights of the epoch that did
-# best, which is *early stopping* in its laziest form. Strictly speaking, the loss that we report is
-# then a little flattering, being the lowest of several on the same text. The remedy would be to
-# hold out one more part, the *test set*.
+# best, which is *early stopping* in its laziest form: it does not even stop. Strictly speaking, the
+# loss that we report is then a little flattering, being the lowest of several on the same text. The
+# remedy would be to hold out one more part, the *test set*.
 
 
 def evaluate(model, tokens):
@@ -1203,7 +1206,7 @@ class UserError(Exception):
 
 
 # Here, then, is the heart of what a run of the small model prints: the losses, and under them what
-# the model writes at that time. Once, after 500 steps, a line of its writing comes alone.
+# the model writes at that time. One line of its writing comes alone, after 500 steps.
 #
 #     Untrained | train = 4.1989 | val = 4.2001 | perplexity 66.7
 #               uQv$?Mz &zsLMx3led,qOyxSH'⏎WUkApi:ikizTyBrFNW'.kJXXZbQviZicmMrM'bzxII
@@ -1222,8 +1225,8 @@ class UserError(Exception):
 # the two sets are mostly from different plays, and one may be a little easier.) Nobody has told it
 # any of this. All it ever got was the next character.
 #
-# And this is the run itself, from the file to the finished model. What you have not met yet has a
-# name that says what it does, and follows in section 12, in much the same order.
+# And this is the run itself, from the file to the finished model. It calls some functions that you
+# have not met. Their names say what they do, and section 12 has them in much the same order.
 
 
 def train(resume=False):
@@ -1235,7 +1238,7 @@ def train(resume=False):
     text = load_text()
     tokenizer = CharTokenizer(build_vocab(text))
     train_tokens, val_tokens = split(np.array(tokenizer.encode(text), dtype=np.int32))
-    train_part = train_tokens[: len(val_tokens)]  # as much as there is to validate on, for speed
+    train_part = train_tokens[: len(val_tokens)]  # to save time, we report the loss on this part
     steps_per_epoch = count_batches(train_tokens, ctx_len, batch_size)
     if steps_per_epoch < 1 or len(val_tokens) <= ctx_len or len(tokenizer.vocab) < 2:
         raise UserError("input.txt holds too little: use more text, or a lower ctx_len")
@@ -1261,15 +1264,15 @@ def train(resume=False):
     for epoch in range(len(history), num_epochs):
         started = time.perf_counter()
         rng = np.random.default_rng([seed, epoch])  # so that a resumed epoch is the same
-        mx.random.seed(int(rng.integers(2**31)))  # for dropout
+        mx.random.seed(int(rng.integers(2**31)))  # for dropout: new numbers in each epoch
         model.train()  # dropout on
         for x, y in get_batches(train_tokens, ctx_len, batch_size, rng):
             loss = step(x, y)
-            mx.async_eval(loss, model.state, optimizer.state)  # compute these, but do not wait
+            mx.async_eval(loss, model.state, optimizer.state)  # start computing, and do not wait
             progress.update(loss)
             if progress.step == 500:  # an early look; for more in mid-epoch, see section 12
                 show_line(model, tokenizer)
-                model.train()  # dropout on again, which only matters if step is not compiled
+                model.train()  # dropout on again (a compiled step has it on anyway)
 
         train_loss, val_loss = evaluate(model, train_part), evaluate(model, val_tokens)
         check_finite(val_loss)
@@ -1329,7 +1332,9 @@ def look(model, tokenizer, prompt):
         recorded.append(weights)
         return weights
 
-    model.eval()  # Dropout now does nothing, so we can put something else in its place.
+    # In every block the weights pass through a dropout layer, which does nothing in eval mode. So
+    # we can put something else in its place, and see them pass.
+    model.eval()
     layers = [block.attn.attn_dropout for block in model.blocks]
     for block in model.blocks:
         block.attn.attn_dropout = record
@@ -1342,7 +1347,7 @@ def look(model, tokenizer, prompt):
     uniform = math.log(len(tokenizer.vocab))  # a full bar: no better than a uniform guess
     # Position i predicts tokens[i + 1], which is number i of tokens[1:].
     surprise = [-log_p[i, token].item() / uniform for i, token in enumerate(tokens[1:])]
-    print("surprise".ljust(19) + bars(surprise))  # nothing predicts the first character
+    print("surprise".ljust(19) + bars(surprise))  # one more: nothing predicts the first character
     for i, weights in enumerate(recorded):
         from_last = weights[0, :, -1]  # (n_heads, T): what the last position attends to
         for head, row in enumerate(from_last.tolist()):
@@ -1388,25 +1393,26 @@ def one_line(text):
 
 # %% 12. The parts of a run
 #
-# Here are the helpers that train() calls, roughly in the order in which it calls them. There is
-# nothing new about GPT in them. But first, some things that save you trouble when you change what
-# stands above.
+# Here are the functions that train() and main() call, roughly in the order in which they call them.
+# There is nothing new about GPT in them. But first, some things that save you trouble when you
+# change what stands above.
 #
 # The model:
 #
-# - A new size must be added in three places: the settings, GPTConfig (last, and with the value that
-#   it had until now as a default, so that older files still load), and the call to GPTConfig in
+# - A new size must be added in three places: the settings, GPTConfig (last, and with a default that
+#   leaves the model as it was, so that older files still load), and the call to GPTConfig in
 #   train(). Then check that `parameters`, in the first lines of a run, has changed.
 # - init_weight goes by name. In a layer of your own, call matrices and gains `weight` and biases
-#   `bias`. (nn.PReLU then starts with a slope of 1, doing nothing.) is_decayed goes by name as
-#   well, and takes all matrices in `blocks`.
+#   `bias`. (The slope of an nn.PReLU is called `weight`, so it begins at 1, and the layer does
+#   nothing.) is_decayed goes by name as well, and takes all matrices in `blocks`.
 # - For positions as rotations (RoPE), rotate q and k just before the cache. Their first position is
-#   cache.offset, or 0 without a cache. Validation never uses the cache, so a mistake there spoils
-#   only the writing; the doctest of KVCache would tell.
-# - All numbers are float32, good for about seven digits (though some GPUs multiply with three,
-#   unless MLX_ENABLE_TF32=0 is set). The bfloat16 of large models has fewer than three: 1 + 0.001
-#   is still 1. To compute in it, cast the weights as well as x, since a product with a float32 is
-#   float32 again; keep the optimizer's weights in float32; and in loss_fn, cast the logits back, or
+#   cache.offset, or 0 without a cache. Validation uses no cache, so a wrong offset spoils only what
+#   the model writes; the doctest of KVCache would tell.
+# - All numbers are float32, good for about seven digits (though some GPUs round them to three
+#   digits before they multiply, unless MLX_ENABLE_TF32=0 is set). The bfloat16 of large models has
+#   fewer than three: 1 + 0.001 is still 1. To compute in it, cast the weights as well as x, since a
+#   product with a float32 is float32 again; but let the optimizer change float32 weights, which you
+#   cast anew in each step, or its small moves are lost. And in loss_fn, cast the logits back, or
 #   the losses that you see are rounded as well.
 # - Some doctests describe GPT-2 with single characters. Once yours is another model, they may fail,
 #   and rightly.
@@ -1414,7 +1420,7 @@ def one_line(text):
 # The text:
 #
 # - If your tokens are not characters, do not compare losses with ours: a loss is per token. A
-#   prompt should then not end inside a token, and under --look a bar stands for a token, not for a
+#   prompt should then end where a token ends, and under --look a bar stands for a token, not for a
 #   character.
 # - To train on several texts, split each of them, and join the parts. Otherwise the validation set
 #   is the end of the last text.
@@ -1423,23 +1429,26 @@ def one_line(text):
 # The training:
 #
 # - To try several values, write a script with `import train` (not `from train import train`), set
-#   train.lr and the names of the files (train.MODEL and so on), and call train.train(), which
-#   returns the losses. Setting train.small comes too late: set the sizes.
+#   train.lr and the names of the files (train.MODEL and so on, or each run replaces the files of
+#   the one before), and call train.train(), which returns the losses. Setting train.small comes too
+#   late: set the sizes.
+# - A loss_fn of your own must be a mean over rows, since on_two_cores takes the mean of two halves.
 # - In mid-epoch, save with save_model, and to a file name of your own that ends in .safetensors,
 #   since save_epoch moves and overwrites MODEL. Add nothing to `history`, which has one entry for
-#   each epoch. With dropout, call mx.random.seed(progress.step) after show_line or report, which
-#   set the seed themselves.
-# - optim.Muon adds its weight decay to the gradient, where it does harm, so set it to 0.
-# - For gradient accumulation, let step call loss_and_grad on equal parts of its rows, add up the
-#   trees of gradients with mlx.utils.tree_map(mx.add, a, b), and divide by the number of parts, all
-#   before average_gradients, and likewise with the losses. It saves much more memory if each part
-#   waits for the whole of the one before. To make it wait, give it x = mx.depends([x], [g for _, g
-#   in tree_flatten(total)])[0], where total is the sum so far. (But evaluate takes a whole batch at
-#   once.)
+#   each epoch. show_line and report set the random seed. So with dropout, call
+#   mx.random.seed(progress.step) after them, or the same numbers are dropped each time.
+# - optim.Muon, the optimizer of the README's last step, adds its weight decay to the gradient,
+#   where it does harm, so set it to 0.
+# - For batches that do not fit into memory, find the gradient in parts (gradient accumulation). In
+#   step, call loss_and_grad on equal parts of the rows, add up the trees of gradients with
+#   mlx.utils.tree_map(mx.add, a, b), and divide by the number of parts, all before
+#   average_gradients, and likewise with the losses. As MLX is lazy, it may still compute all parts
+#   at once. So let each part wait for the sum so far: x = mx.depends([x], [g for _, g in
+#   tree_flatten(total)])[0]. And give evaluate smaller batches.
 
 
-COUNTS = ["ctx_len", "n_emb", "n_heads", "n_layers", "num_epochs", "batch_size", "max_new_tokens",
-          "top_k"]  # these settings must be at least 1, and all other numbers at least 0
+AT_LEAST_1 = ["ctx_len", "n_emb", "n_heads", "n_layers", "num_epochs", "batch_size",
+              "max_new_tokens", "top_k"]  # all other settings that are numbers: at least 0
 SAMPLING = ["max_new_tokens", "temperature", "top_k"]  # those that only matter for writing
 
 
@@ -1448,16 +1457,16 @@ def check_settings(names):
     (Some other mistakes, such as dropout = 1, are reported by MLX or Python.)"""
     for name in names:
         value = globals()[name]
-        least = 1 if name in COUNTS else 0
+        least = 1 if name in AT_LEAST_1 else 0
         if not isinstance(value, str) and not value >= least:  # value < least would let nan pass
             raise UserError(f"{name} = {value} must be at least {least}")
-    if "n_heads" in names and n_emb % n_heads != 0:  # not if only SAMPLING is checked
+    if "n_heads" in names and n_emb % n_heads != 0:  # --sample and --look check only SAMPLING
         raise UserError(f"n_emb = {n_emb} must be a multiple of n_heads = {n_heads}")
 
 
 def collect_settings(text, model):
-    """What identifies a run: its settings, the number of parameters (which many edits of the model
-    change), and a checksum of the text."""
+    """What identifies a run: all settings, the number of parameters (most edits of the model change
+    it), and, under "input.txt", a checksum of the text."""
     settings = {name: globals()[name] for name in SETTINGS}
     return {**settings, "parameters": count_parameters(model),
             "input.txt": f"{zlib.crc32(text.encode()):08x}"}
@@ -1469,6 +1478,7 @@ def resume_run(model, optimizer, settings):
     Raises UserError if the checkpoint is not from this run, or the run is finished.
     """
     saved, notes = load(CHECKPOINT)
+    # (A file by save_model has no settings, so it is refused here as well.)
     changed = changes(notes.get("settings", {}), settings, except_for=["num_epochs", *SAMPLING])
     if changed:
         raise UserError(f"changed since that run: {', '.join(changed)}. Undo this, or start over")
@@ -1478,7 +1488,7 @@ def resume_run(model, optimizer, settings):
     if shapes(saved) != shapes({"model": model.parameters(), "optimizer": optimizer.state}):
         raise UserError(f"{CHECKPOINT} does not match train.py: undo edits, or start over")
     model.update(saved["model"])
-    optimizer.state = saved["optimizer"]  # a new dict: make_step, which keeps it, must come later
+    optimizer.state = saved["optimizer"]  # make_step keeps this dict, so it must be called later
     print(f"Resuming after epoch {len(history) - 1}, val = {history[-1]['val']:.4f}")
     return history
 
@@ -1489,7 +1499,7 @@ def shapes(tree):
 
 
 def changes(old, new, except_for=()):
-    """The differences between two dicts of settings, in words.
+    """The differences between two dicts of settings, in words. A name may be in only one of them.
 
     >>> changes({"lr": 0.01, "seed": 0}, {"lr": 0.001, "seed": 0})
     ['lr 0.01 to 0.001']
@@ -1498,15 +1508,15 @@ def changes(old, new, except_for=()):
             if old.get(name) != new.get(name) and name not in except_for]
 
 
-def check_machines(plan):
-    """Raises UserError unless all machines have the same plan (settings and history) and can share
-    the rows of a batch equally."""
-    checksum = mx.array([zlib.crc32(json.dumps(plan).encode())], dtype=mx.uint32)  # (1,)
-    everyone = mx.distributed.all_gather(checksum, group=all_machines())  # (machines,)
-    if mx.any(everyone != checksum):
-        raise UserError("the machines differ in input.txt, in their settings, or in their files")
-    if batch_size % len(everyone) != 0:
-        raise UserError(f"{len(everyone)} machines cannot share batch_size = {batch_size} rows")
+def check_machines(run):
+    """Raises UserError unless all machines are to train the same run, [settings, history], and can
+    share the rows of a batch equally, since only then the mean of their means is that of all."""
+    checksum = mx.array([zlib.crc32(json.dumps(run).encode())], dtype=mx.uint32)  # (1,)
+    checksums = mx.distributed.all_gather(checksum, group=all_machines())  # (machines,): of all
+    if mx.any(checksums != checksum):
+        raise UserError("the machines differ in input.txt, in their settings, or in a checkpoint")
+    if batch_size % len(checksums) != 0:
+        raise UserError(f"{len(checksums)} machines cannot share batch_size = {batch_size} rows")
 
 
 WIDTH = 79  # of a line of output, in characters
@@ -1523,18 +1533,18 @@ def print_settings(tokenizer, settings):
 
 def report(title, train_loss, val_loss, model, tokenizer):
     """Prints the losses, and what the model writes now."""
-    perplexity = mx.exp(val_loss).item()  # inf, if that is too large a number
+    perplexity = mx.exp(val_loss).item()  # math.exp would raise an error for exp(1000); this is inf
     losses = f"{title} | train = {train_loss:.4f} | val = {val_loss:.4f}"
-    print(f"{losses} | perplexity {perplexity:.3g}".ljust(WIDTH))  # covers a line by Progress
+    print(f"{losses} | perplexity {perplexity:.3g}".ljust(WIDTH))  # covers a line of progress
     show_line(model, tokenizer)
     if sees_the_future(model):
         print(" " * 10 + "Warning: this model sees the future, so its losses mean nothing.")
 
 
 def show_line(model, tokenizer):
-    """Prints a line of text that the model writes now."""
+    """Prints a line of text that the model writes now. Sets eval mode and the random seed."""
     text = "".join(continue_text(model, tokenizer, "", WIDTH - 10))
-    print((" " * 10 + one_line(text))[:WIDTH], flush=True)  # your tokens may be longer
+    print((" " * 10 + one_line(text))[:WIDTH], flush=True)  # a token may be several characters
 
 
 class Progress:
@@ -1543,7 +1553,7 @@ class Progress:
     def __init__(self, step, total_steps):
         self.step = step  # steps made so far, some of them perhaps before a --resume
         self.total_steps = total_steps
-        self.first_step = step + 1  # it also compiles, so the clock starts after it
+        self.first_step = step + 1  # MLX compiles during this step, so the clock starts after it
 
     def update(self, loss):
         """Counts a step, whose loss is a scalar array. Once a second, also checks and prints it.
@@ -1562,8 +1572,8 @@ class Progress:
         minutes_left = (self.total_steps - self.step) / steps_per_second / 60
         line = (f"step {self.step:,}/{self.total_steps:,}, loss {loss:.2f}, "
                 f"{tokens_per_second:,.0f} tokens/s, {minutes_left:.1f} min left")
-        width = shutil.get_terminal_size().columns - 1
-        print(line.ljust(WIDTH)[:width], end="\r", flush=True)  # \r: the next line overwrites it
+        columns = shutil.get_terminal_size().columns - 1  # a full row could make the cursor go down
+        print(line.ljust(WIDTH)[:columns], end="\r", flush=True)  # \r: the next line overwrites it
 
 
 def check_finite(loss):
@@ -1587,49 +1597,33 @@ COMPLETIONS = "completions.txt"  # the text written at the end of a run
 def save_epoch(model, optimizer, tokenizer, settings, history):
     """Saves the model, if it is the best so far, and then the checkpoint.
 
-    The checkpoint comes last: if the run is killed before that, --resume repeats the epoch (unless
-    it was the first). The first save of a new run begins by removing the old checkpoint, which
-    belongs to another model.
+    The checkpoint comes last: if the run is killed before that, --resume repeats the epoch (or, in
+    the first epoch, says that it cannot). The first save of a new run begins by removing the old
+    checkpoint, which belongs to another model.
     """
     if all_machines().rank() > 0:  # only the first machine writes files
         return
     if len(history) == 1:  # the first epoch of a new run
         Path(CHECKPOINT).unlink(missing_ok=True)
-        if Path(MODEL).exists():
-            Path(MODEL).replace(PREVIOUS)
+        if os.path.exists(MODEL):
+            os.replace(MODEL, PREVIOUS)
     if history[-1]["val"] == min(epoch["val"] for epoch in history):
         save_model(MODEL, model, tokenizer)
     save(CHECKPOINT, {"model": model.parameters(), "optimizer": optimizer.state},
          {"settings": settings, "history": history})
 
 
-def save_model(path, model, tokenizer):
-    """Saves the weights, and beside them what load_model() needs to build the model."""
-    save(path, model.parameters(), {"config": asdict(model.config), "vocab": tokenizer.vocab})
-
-
-def load_model(path):
-    """A saved model, in eval mode, and its tokenizer. Raises UserError."""
-    weights, notes = load(path)
-    try:
-        config = GPTConfig(**notes["config"])  # the entries of the dict become the arguments
-        model = GPT(config)
-        model.load_weights(tree_flatten(weights))  # (name, array) pairs; refuses other shapes
-    except (KeyError, TypeError, ValueError):  # no config, one of another form, other weights
-        raise UserError(f"{path} does not match train.py: undo edits, or train again") from None
-    model.eval()
-    return model, CharTokenizer(notes["vocab"])
-
-
 def save(path, tree, notes):
     """Writes a tree of arrays and a dict of notes to a safetensors file.
 
-    Such a file holds arrays by name, so the tree is flattened: the array in tree["a"]["b"] is named
-    "a.b". Raises UserError, or OSError.
+    Such a file holds arrays by name, and strings. So the tree is flattened: the array in
+    tree["a"]["b"] gets the name "a.b". And the notes become one string. Raises UserError or
+    OSError.
     """
     path = Path(path).resolve()
     arrays = dict(tree_flatten(tree))
-    # The temporary folder is beside the file, so that moving the file means only renaming it.
+    # The temporary folder is beside the file, on the same disk, so that moving the file from one to
+    # the other means only renaming it.
     with tempfile.TemporaryDirectory(prefix="unfinished-", dir=path.parent) as folder:
         unfinished = os.path.join(folder, path.name)
         try:
@@ -1648,8 +1642,26 @@ def load(path):
         raise UserError(f"cannot read {Path(path).resolve()}: run python train.py first") from None
 
 
+def save_model(path, model, tokenizer):
+    """Saves the weights, and beside them what load_model() needs to build the model."""
+    save(path, model.parameters(), {"config": asdict(model.config), "vocab": tokenizer.vocab})
+
+
+def load_model(path):
+    """A saved model, in eval mode, and its tokenizer. Raises UserError."""
+    weights, notes = load(path)
+    try:
+        config = GPTConfig(**notes["config"])  # the entries of the dict become the arguments
+        model = GPT(config)
+        model.load_weights(tree_flatten(weights))  # pairs of name and array; refuses other shapes
+    except (KeyError, TypeError, ValueError):  # no config, one of another form, other weights
+        raise UserError(f"{path} does not match train.py: undo edits, or train again") from None
+    model.eval()
+    return model, CharTokenizer(notes["vocab"])
+
+
 def finish(settings, history):
-    """Logs the run, writes a text with the best weights, and shows what the last run did."""
+    """Logs the run, writes a text with the best weights, and compares with the run before."""
     if all_machines().rank() > 0:
         return
     best = min(epoch["val"] for epoch in history)
@@ -1664,31 +1676,32 @@ def finish(settings, history):
     Path(COMPLETIONS).write_text(text, encoding="utf-8", newline="\n")
     print(f"\nThe best weights, in {MODEL}, have a validation loss of {best:.4f}. "
           f"Trained in {minutes:.1f} minutes ({device}, MLX {mx.__version__}).")
-    last = last_run(settings["input.txt"])
-    if last is not None:
-        changed = ", ".join(changes(last["settings"], settings)) or "no settings"
-        print(f"The last run on this text had {last['best_val']:.4f}. Changed since: {changed}.")
+    before = run_before(settings["input.txt"])
+    if before is not None:
+        changed = ", ".join(changes(before["settings"], settings)) or "no settings"
+        print(f"The last run on this text had {before['best_val']:.4f}. Changed since: {changed}.")
 
 
-def last_run(checksum):
+def run_before(checksum):
     """The last run in RUN_LOG before this one, on a text with this checksum, or None."""
-    last = None
+    before = None
     # All lines but the last one, which is this run.
     for line in Path(RUN_LOG).read_text(encoding="utf-8", errors="replace").splitlines()[:-1]:
-        with contextlib.suppress(ValueError, KeyError, TypeError):  # not a line by finish()
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # skips what is not such a line
             run = json.loads(line)
             if run["settings"]["input.txt"] == checksum:
-                last = run
-    return last
+                before = run
+    return before
 
 
 def on_two_cores(one_core_loss):
-    """The same loss function, but with half of the rows of each batch on a second CPU core.
+    """The same loss function, which must be a mean over rows, but with half of the rows of each
+    batch on a second CPU core.
 
     MLX puts operations into a queue, called a stream, and on a CPU each stream has a thread that
     computes them. So all it takes is a second stream. Operations made under mx.stream(...) go
-    there, and so does what belongs to them in the backward pass. (Thread-local: if you train in a
-    thread of your own, that thread gets its own second stream.)
+    there, and so does what belongs to them in the backward pass. The sum at the end waits for both.
+    (A plain new_stream works only in the thread that made it, so train() could not run in another.)
     """
     second_stream = mx.new_thread_local_stream(mx.cpu)
 
@@ -1715,16 +1728,16 @@ def main():
     """Does what the command line says. Shows a UserError or OSError on one line."""
     parser = argparse.ArgumentParser(description="Without options: train GPT-2 on input.txt.")
     options = parser.add_mutually_exclusive_group()
-    options.add_argument("--sample", metavar="TEXT", nargs="?", const="",
+    options.add_argument("--sample", metavar="TEXT", nargs="?", const="",  # alone, it means ""
                          help="continue TEXT with the trained model (--sample=TEXT if TEXT begins "
                          "with a minus sign; another seed in train.py gives another text)")
     options.add_argument("--look", metavar="TEXT",
                          help="show what the trained model attends to and what it predicts next")
     options.add_argument("--resume", action="store_true", help="go on with an interrupted run")
-    in_notebook = "kernel_launcher" in sys.argv[0]  # there, sys.argv belongs to another program
+    in_notebook = "kernel_launcher" in sys.argv[0]  # of Jupyter, where sys.argv is not for us
     arguments = parser.parse_args([] if in_notebook else None)
-    if hasattr(sys.stdout, "reconfigure"):  # for terminals that cannot show every character
-        sys.stdout.reconfigure(errors="replace")
+    if hasattr(sys.stdout, "reconfigure"):  # which, for example, the stdout of a notebook lacks
+        sys.stdout.reconfigure(errors="replace")  # a terminal may lack some of our characters
     if all_machines().rank() > 0:  # only the first machine prints
         sys.stdout = None  # then print() does nothing
     try:
@@ -1734,11 +1747,11 @@ def main():
             look(*load_model_for(arguments.look), arguments.look)
         else:
             train(arguments.resume)
-        print(end="", flush=True)  # if there is a BrokenPipeError, let it come here at the latest
-    except KeyboardInterrupt:  # Ctrl-C
+        print(end="", flush=True)  # sends what is left, so that a BrokenPipeError comes in here
+    except KeyboardInterrupt:  # Ctrl-C, perhaps in the middle of a line
         sys.exit("\ntrain.py: stopped")
     except BrokenPipeError:  # no one reads on, as after: python train.py --sample | head
-        sys.stdout = None  # or Python would try to print the rest at exit
+        sys.stdout = None  # or Python would try to send the rest at exit, and complain
         sys.exit(1)
     except UnicodeDecodeError as error:
         sys.exit(f"train.py: input.txt is not UTF-8: {error}")
