@@ -1087,9 +1087,10 @@ def make_optimizer(total_steps):
     1 or -1, however small g is, and each parameter would move by the full lr on the word of a
     single batch. During *warmup*, while m and v gather evidence, steps are kept short. And why does
     it fall? Near the goal the batches quarrel, and every parameter keeps jumping around. Only a
-    lower rate lets it settle. The rate is always the lower one of the two lines. As the falling one
-    starts at step 0, they meet a little below lr, or, in a run of few steps, far below it, so such
-    a run needs a shorter warmup.
+    lower rate lets it settle. The drawing consists of two straight lines, and the lower one counts:
+    one rises, during warmup, to lr, and the other falls from lr, at step 0, to 0 at the end. So
+    they meet a little below lr, or, in a run of few steps, far below it, and such a run needs a
+    shorter warmup.
     """
 
     # AdamW calls this with the number of the step, an mx.array, and wants an mx.array back. (The
@@ -1108,9 +1109,9 @@ def make_optimizer(total_steps):
     def is_decayed(name, weight):
         return name.startswith("blocks") and weight.ndim == 2
 
-    # bias_correction: m and v both start at 0, but m catches up sooner. So, soon after the first
-    # step, m / sqrt(v) would be up to 2.1 times as large as it should be. This scales both of them
-    # up to what they should be. (It has nothing to do with the biases of a layer.)
+    # bias_correction: m and v both start at 0, but m catches up sooner. From the second step on,
+    # for a while, m / sqrt(v) would be up to 2.1 times as large as it should be. This scales both
+    # of them up to what they should be. (It has nothing to do with the biases of a layer.)
     betas = [beta1, beta2]
     decayed = optim.AdamW(learning_rate, betas, weight_decay=weight_decay, bias_correction=True)
     others = optim.AdamW(learning_rate, betas, weight_decay=0.0, bias_correction=True)
@@ -1150,14 +1151,14 @@ def make_optimizer(total_steps):
 # each of them (see the README), each finds the gradient for its own rows of a batch, and the mean
 # of these gradients is the gradient of the whole batch. This is called *data parallelism*. As all
 # machines begin with the same weights and make the same moves, their models stay the same. In
-# make_step, three lines do it, the ones with `world` and `mine`. For a Mac that is alone, they
-# change nothing.
+# make_step, the lines with `world` and `mine` do it. For a Mac that is alone, they change nothing.
 
 
 def all_machines():
-    """The group of machines that train together, which is usually this machine alone. It has a
-    size(), and this machine's number in it, from 0, is its rank(). All calls return the same group.
-    """
+    """The group of machines that train together, usually only this one. Its size() is how many they
+    are, and its rank() is the number of this one, from 0. Each call returns the same group."""
+    # In a ring, each machine is connected to the next one. If we named no backend, MLX would start
+    # whatever is installed, and there is an MPI that then never returns.
     return mx.distributed.init(backend="ring")
 
 
@@ -1253,7 +1254,7 @@ def train(resume=False):
     history = []  # for each epoch, its losses, and how many minutes it took
     if resume:
         history = resume_run(model, optimizer, settings)
-    check_machines([settings, history])  # in case there are several
+    check_same_run([settings, history])  # on all machines, in case there are several
     if not resume:
         print_settings(tokenizer, settings)
         report("Untrained", evaluate(model, train_part), evaluate(model, val_tokens),
@@ -1339,12 +1340,12 @@ def look(model, tokenizer, prompt):
     # In every block the weights pass through a dropout layer, which does nothing in eval mode. So
     # we can put something else in its place, and see them pass.
     model.eval()
-    layers = [block.attn.attn_dropout for block in model.blocks]
+    dropouts = [block.attn.attn_dropout for block in model.blocks]
     for block in model.blocks:
         block.attn.attn_dropout = record
     logits = model(mx.array([tokens]))[0]  # (T, vocab_size)
-    for block, layer in zip(model.blocks, layers, strict=True):
-        block.attn.attn_dropout = layer
+    for block, dropout_layer in zip(model.blocks, dropouts, strict=True):
+        block.attn.attn_dropout = dropout_layer
 
     print(" " * 18 + one_line(tokenizer.decode(tokens)))
     log_p = nn.log_softmax(logits)  # (T, vocab_size)
@@ -1408,17 +1409,18 @@ def one_line(text):
 #   leaves the model as it was, so that older files still load), and the call to GPTConfig in
 #   train(). Then look whether `parameters`, in the first lines of a run, is what it should be.
 # - init_weight goes by name. In a layer of your own, call matrices and gains `weight` and biases
-#   `bias`. (The slope of an nn.PReLU is called `weight`, so it begins at 1, and the layer does
-#   nothing.) is_decayed goes by name as well, and takes all matrices in `blocks`.
+#   `bias`. (So an nn.PReLU, a ReLU whose left half has a learned slope, begins with a slope of 1,
+#   and does nothing. Give it a rule of its own.) is_decayed goes by name as well, and takes all
+#   matrices in `blocks`.
 # - For positions as rotations (RoPE), rotate q and k just before the cache. Their first position is
 #   cache.offset, or 0 without a cache. Validation uses no cache, so a wrong offset spoils only what
 #   the model writes; the doctest of KVCache would tell.
 # - The model computes in float32, good for about seven digits (though some GPUs round them to three
 #   digits before they multiply, unless MLX_ENABLE_TF32=0 is set). The bfloat16 of large models has
-#   fewer than three: 1 + 0.001 is still 1. To compute in it, cast the weights as well as x, since a
-#   product with a float32 is float32 again; but let the optimizer change float32 weights, which you
-#   cast anew in each step, or its small moves are lost. And in loss_fn, cast the logits back, or
-#   the losses that you see are rounded as well.
+#   fewer than three: 1 + 0.001 is still 1. To compute in it, cast x and, in each step anew, the
+#   weights (a product with a float32 is float32 again). The optimizer's own weights must stay
+#   float32, or its small moves are lost. And in loss_fn, cast the logits back, or the losses that
+#   you see are rounded as well.
 # - Some doctests describe GPT-2 with single characters. Once yours is another model, they may fail,
 #   and rightly.
 #
@@ -1437,19 +1439,20 @@ def one_line(text):
 #   train.lr and the names of the files (train.MODEL and so on, or each run replaces the files of
 #   the one before), and call train.train(), which returns the losses. Setting train.small comes too
 #   late: set the sizes.
-# - A loss_fn of your own must be a mean over rows, since on_two_cores takes the mean of two halves.
+# - A loss_fn of your own must be a mean over rows, since on_two_cores, below, takes the mean of two
+#   halves.
 # - In mid-epoch, save with save_model, and to a file name of your own that ends in .safetensors,
 #   since save_epoch moves and overwrites MODEL. Add nothing to `history`, which has one entry for
-#   each epoch. show_line and report set the random seed. So with dropout, call
-#   mx.random.seed(progress.step) after them, or the same numbers are dropped each time.
+#   each epoch. show_line and report set the random seed. With dropout, if you call them again and
+#   again, call mx.random.seed(progress.step) after them, or the same numbers are dropped each time.
 # - optim.Muon, the optimizer of the README's last step, adds its weight decay to the gradient,
 #   where it does harm, so set it to 0.
 # - For batches that do not fit into memory, find the gradient in parts (gradient accumulation). In
-#   step, call loss_and_grad on equal parts of the rows, add up the trees of gradients with
-#   mlx.utils.tree_map(mx.add, a, b), and divide by the number of parts, all before
+#   step, call loss_and_grad on equal parts of the rows, add up the trees of gradients in `total`,
+#   with mlx.utils.tree_map(mx.add, total, grads), and divide by the number of parts, all before
 #   average_gradients, and likewise with the losses. As MLX is lazy, it may still compute all parts
-#   at once. So let each part wait for the sum so far: x = mx.depends([x], [g for _, g in
-#   tree_flatten(total)])[0]. And give evaluate smaller batches.
+#   at once. So give the next part x = mx.depends([x], [g for _, g in tree_flatten(total)])[0],
+#   which is x, but only after `total` has been computed. And give evaluate smaller batches.
 
 
 AT_LEAST_1 = ["ctx_len", "n_emb", "n_heads", "n_layers", "num_epochs", "batch_size",
@@ -1465,7 +1468,7 @@ def check_settings(names):
         least = 1 if name in AT_LEAST_1 else 0
         if not isinstance(value, str) and not value >= least:  # value < least would let nan pass
             raise UserError(f"{name} = {value} must be at least {least}")
-    if "n_heads" in names and n_emb % n_heads != 0:  # --sample and --look check only SAMPLING
+    if "n_heads" in names and n_emb % n_heads != 0:  # if only SAMPLING counts, the sizes do not
         raise UserError(f"n_emb = {n_emb} must be a multiple of n_heads = {n_heads}")
 
 
@@ -1483,7 +1486,7 @@ def resume_run(model, optimizer, settings):
     Raises UserError if the checkpoint is not from this run, or the run is finished.
     """
     saved, notes = load(CHECKPOINT)
-    # (A file by save_model has no settings, so it is refused here as well.)
+    # A model that somebody has copied to CHECKPOINT has no settings, so all of them have changed.
     changed = changes(notes.get("settings", {}), settings, except_for=["num_epochs", *SAMPLING])
     if changed:
         raise UserError(f"changed since that run: {', '.join(changed)}. Undo this, or start over")
@@ -1493,7 +1496,7 @@ def resume_run(model, optimizer, settings):
     if shapes(saved) != shapes({"model": model.parameters(), "optimizer": optimizer.state}):
         raise UserError(f"{CHECKPOINT} does not match train.py: undo edits, or start over")
     model.update(saved["model"])
-    optimizer.state = saved["optimizer"]  # make_step keeps this dict, so it must be called later
+    optimizer.state = saved["optimizer"]  # a new dict, so call make_step only after this
     print(f"Resuming after epoch {len(history) - 1}, val = {history[-1]['val']:.4f}")
     return history
 
@@ -1513,10 +1516,11 @@ def changes(old, new, except_for=()):
             if old.get(name) != new.get(name) and name not in except_for]
 
 
-def check_machines(run):
-    """Raises UserError unless all machines are to train the same run, [settings, history], and can
-    share the rows of a batch equally, since only then the mean of their means is that of all."""
-    checksum = mx.array([zlib.crc32(json.dumps(run).encode())], dtype=mx.uint32)  # (1,)
+def check_same_run(plan):
+    """Raises UserError if the machines differ in their plans, [settings, history], or if they
+    cannot share the rows of a batch equally. (The mean of the means of unequal shares is not the
+    mean of all rows.)"""
+    checksum = mx.array([zlib.crc32(json.dumps(plan).encode())], dtype=mx.uint32)  # (1,)
     checksums = mx.distributed.all_gather(checksum, group=all_machines())  # (machines,): of all
     if mx.any(checksums != checksum):
         raise UserError("the machines differ in input.txt, in their settings, or in a checkpoint")
@@ -1537,10 +1541,11 @@ def print_settings(tokenizer, settings):
 
 
 def report(title, train_loss, val_loss, model, tokenizer):
-    """Prints the losses, and what the model writes now."""
+    """Prints the losses, what the model writes now, and a warning if it sees the future. Leaves the
+    model in eval mode."""
     perplexity = mx.exp(val_loss).item()  # math.exp would raise an error for exp(1000); this is inf
     losses = f"{title} | train = {train_loss:.4f} | val = {val_loss:.4f}"
-    print(f"{losses} | perplexity {perplexity:.3g}".ljust(WIDTH))  # covers a line of progress
+    print(f"{losses} | perplexity {perplexity:.3g}".ljust(WIDTH))  # covers what Progress left
     show_line(model, tokenizer)
     if sees_the_future(model):
         print(" " * 10 + "Warning: this model sees the future, so its losses mean nothing.")
@@ -1549,7 +1554,7 @@ def report(title, train_loss, val_loss, model, tokenizer):
 def show_line(model, tokenizer):
     """Prints a line of text that the model writes now. Sets eval mode and the random seed."""
     text = "".join(continue_text(model, tokenizer, "", WIDTH - 10))
-    print((" " * 10 + one_line(text))[:WIDTH], flush=True)  # a token may be several characters
+    print((" " * 10 + one_line(text))[:WIDTH], flush=True)  # cut, if your tokens are longer
 
 
 class Progress:
@@ -1567,7 +1572,7 @@ class Progress:
         now = time.perf_counter()  # seconds
         if self.step == self.first_step:
             self.started = self.last_print = now
-        if now - self.last_print < 1:
+        if now - self.last_print < 1:  # also in the first step, which has just set both
             return
         self.last_print = now
         loss = loss.item()  # not in every step, since this waits for the GPU
@@ -1602,9 +1607,9 @@ COMPLETIONS = "completions.txt"  # the text written at the end of a run
 def save_epoch(model, optimizer, tokenizer, settings, history):
     """Saves the model, if it is the best so far, and then the checkpoint.
 
-    The checkpoint comes last: if the run is killed before that, --resume repeats the epoch (or, in
-    the first epoch, says that it cannot). The first save of a new run begins by removing the old
-    checkpoint, which belongs to another run.
+    The first save of a new run begins by removing the old checkpoint, which belongs to another run.
+    The new one is saved last: if the run is killed before that, --resume repeats the epoch, or, if
+    it was the first, says that there is no checkpoint.
     """
     if all_machines().rank() > 0:  # only the first machine writes files
         return
@@ -1678,25 +1683,25 @@ def finish(settings, history):
         log.write(json.dumps(run) + "\n")
 
     text = type_out(*load_model(MODEL), "")
-    Path(COMPLETIONS).write_text(text, encoding="utf-8", newline="\n")
+    Path(COMPLETIONS).write_text(text, encoding="utf-8", newline="\n")  # on Windows as well
     print(f"\nThe best weights, in {MODEL}, have a validation loss of {best:.4f}. "
           f"Trained in {minutes:.1f} minutes ({device}, MLX {mx.__version__}).")
-    before = run_before(settings["input.txt"])
-    if before is not None:
-        changed = ", ".join(changes(before["settings"], settings)) or "no settings"
-        print(f"The last run on this text had {before['best_val']:.4f}. Changed since: {changed}.")
+    previous = previous_run(settings["input.txt"])
+    if previous is not None:
+        changed = ", ".join(changes(previous["settings"], settings)) or "no settings"
+        print(f"The last run on this text: {previous['best_val']:.4f}. Changed since: {changed}.")
 
 
-def run_before(checksum):
+def previous_run(checksum):
     """The last run in RUN_LOG before this one, on a text with this checksum, or None."""
-    before = None
+    previous = None
     # All lines but the last one, which is this run.
     for line in Path(RUN_LOG).read_text(encoding="utf-8", errors="replace").splitlines()[:-1]:
         with contextlib.suppress(ValueError, KeyError, TypeError):  # skips what is not such a line
             run = json.loads(line)
             if run["settings"]["input.txt"] == checksum:
-                before = run
-    return before
+                previous = run
+    return previous
 
 
 def on_two_cores(one_core_loss):
@@ -1706,7 +1711,8 @@ def on_two_cores(one_core_loss):
     MLX puts operations into a queue, called a stream, and on a CPU each stream has a thread that
     computes them. So all it takes is a second stream. Operations made under mx.stream(...) go
     there, and so does what belongs to them in the backward pass. The sum at the end waits for both.
-    (A plain new_stream works only in the thread that made it, so train() could not run in another.)
+    (A plain new_stream would work only in the thread that makes it, the one that loads this file,
+    and a program could not call train() in another.)
     """
     second_stream = mx.new_thread_local_stream(mx.cpu)
 
@@ -1752,7 +1758,7 @@ def main():
             look(*load_model_for(arguments.look), arguments.look)
         else:
             train(arguments.resume)
-        print(end="", flush=True)  # sends what is left, so that a BrokenPipeError comes in here
+        print(end="", flush=True)  # sends what is left, so that a BrokenPipeError is caught below
     except KeyboardInterrupt:  # Ctrl-C, perhaps in the middle of a line
         sys.exit("\ntrain.py: stopped")
     except BrokenPipeError:  # no one reads on, as after: python train.py --sample | head
