@@ -147,11 +147,11 @@ def split(text):
 # simply calls this number the token.
 #
 # Why characters, and not words? GPT-2 takes something in between. Its vocabulary, found by
-# *byte-pair encoding*, has 50,257 tokens, from single bytes to whole words, and a text needs far
-# fewer of them than it has characters. "What is the court", whose last word we will complete many
-# times in this file, is four tokens there, and 17 here. But to learn what each of 50,257 tokens
-# means takes more text than we have. Characters are simpler, and the model cannot tell the
-# difference, since all it ever sees is numbers.
+# *byte-pair encoding*, has 50,257 tokens, from single bytes to whole words, and an English text
+# needs far fewer of them than it has characters. "What is the court", whose last word we will
+# complete many times in this file, is four tokens there, and 17 here. But to learn what each of
+# 50,257 tokens means takes more text than we have. Characters are simpler, and the model cannot
+# tell the difference, since all it ever sees is numbers.
 
 
 def build_vocab(text):
@@ -592,9 +592,9 @@ class MultiHeadAttention(nn.Module):
         # *Dropout* sets a fraction of its input, chosen at random, to 0, and scales up the rest to
         # make up for it. It sounds like sabotage, and it is. As no part can rely on any single
         # number, memorizing becomes hard. Such measures against overfitting are called
-        # *regularization*. (In our default model, more weight decay did as well without it, so in
-        # the settings above dropout is 0.) Dropout acts only in training: model.train() turns it
-        # on, and model.eval() off.
+        # *regularization*. (In our default model, more weight decay did as well without it, on Tiny
+        # Shakespeare, so in the settings above dropout is 0.) Dropout acts only in training:
+        # model.train() turns it on, and model.eval() off.
         self.attn_dropout = nn.Dropout(config.dropout)
         self.resid_dropout = nn.Dropout(config.dropout)  # residual: see section 7
 
@@ -756,10 +756,11 @@ class Block(nn.Module):
 # around them keep things different.) And they begin small. As the rows of wte are small, so are all
 # logits, and at first no token is preferred by much. Equal logits would give each of V tokens the
 # probability 1/V, and a loss of -ln(1/V) = ln V. That gives us a test: the first loss must lie
-# close to ln vocab_size. It will lie a little above. As the logits are not quite equal, some tokens
-# are preferred to others before anything has been learned, and that costs more than it gains. If
-# two tokens should get 1/2 each, and get 0.6 and 0.4, the mean of -ln p is 0.714, and not
-# ln 2 = 0.693. An honest beginner knows nothing, and says so.
+# close to ln vocab_size. Mostly it lies a little above. As the logits are not quite equal, some
+# tokens are preferred to others before anything has been learned, and as a rule that costs more
+# than it gains. If two tokens should get 1/2 each, and get 0.6 and 0.4, the mean of -ln p is 0.714,
+# and not ln 2 = 0.693. (A lucky model prefers tokens that are frequent, and lies a little below.)
+# An honest beginner knows nothing, and says so.
 
 
 class GPT(nn.Module):
@@ -1067,7 +1068,7 @@ def type_out(model, tokenizer, prompt):
 # step, be it 0.001 or 10, then m / sqrt(v) comes to 1, and w moves by the full lr. If g alternates
 # between 10 and -10, the terms of m mostly cancel while sqrt(v) stays 10, and the ratio is only
 # 0.05. With random signs it is typically 0.23, as you can check in a few lines of Python. In short,
-# where the batches agree, w goes ahead, and where they quarrel, it gets nowhere.
+# where the batches agree, w goes ahead, and where they quarrel, it only wanders about.
 #
 # AdamW has *weight decay* besides: in each step, it also shrinks w by a small part of itself,
 # lr * weight_decay * w. A weight then stays large only if its gradient keeps insisting. With large
@@ -1145,7 +1146,7 @@ def make_optimizer(total_steps):
 #
 # While you experiment inside step, let make_step end with `return step`, and step is plain Python
 # again. If a compiled step fails while MLX records it, the parameters may be left as mere
-# placeholders, without numbers. In a notebook, you must then restart the kernel.
+# placeholders, without numbers. That model is lost; make a new one, as train() does.
 #
 # And if you have several Macs? They can train one model together. mlx.launch starts this program on
 # each of them (see the README), each finds the gradient for its own rows of a batch, and the mean
@@ -1219,12 +1220,12 @@ class UserError(Exception):
 #     Epoch 2 | train = 1.5241 | val = 1.5339 | perplexity 4.64
 #               word not call to spamer, and he sleam, swith a strace keep the Ling.⏎
 #
-# Watch it learn. The first loss lies where it must, a little above 4.17. After 500 steps it has
-# found out about spaces, vowels, and the length of words. After one epoch it has beaten n = 3, and
-# knows that in a play, a speech begins with a name in capitals and a colon. In the end it is close
-# to n = 4. (Can the loss on the text that it has not read be the lower one, as after epoch 0? Yes:
-# the two texts come from different plays, and one may be a little easier.) Nobody has told it any
-# of this. All it ever got was the next character.
+# Watch it learn. The first loss lies where it must, close to 4.17. After 500 steps it has found out
+# about spaces, vowels, and the length of words. After one epoch it has beaten n = 3, and knows that
+# in a play, a speech begins with a name, mostly in capitals, and a colon. In the end it is close to
+# n = 4. (Can the loss on the text that it has not read be the lower one, as after epoch 0? Yes: the
+# two texts come from different plays, and one may be a little easier.) Nobody has told it any of
+# this. All it ever got was the next character.
 #
 # And this is the run itself, from the file to the finished model. It calls some functions that you
 # have not met. Their names say what they do, and section 12 has them in much the same order.
@@ -1310,11 +1311,11 @@ def train(resume=False):
 # The surprise is the loss at each character. It tends to be high where a word begins, and low once
 # the rest can be guessed: after "Wha", a "t" is no news at all. Each head has a row, which shows
 # what the last position, the "u", attends to. Head 6 attends to the "o" before it. Heads 0, 2, 3,
-# and 4 attend to the "c" before that, and head 1 to the space before the "c". With the "u" itself,
-# that makes " cou", and the model expects an "n", an "r", or an "l", as in "count", "court", and
-# "could". Nor is this the luck of one word. All over the validation set, head 6 gives, on average,
-# 0.91 of its weight to the character before, and heads 0 to 4 give 0.79 to 0.95 of theirs to the
-# four before.
+# and 4 here attend to the "c" before that, and head 1 to the space before the "c". With the "u"
+# itself, that makes " cou", and the model expects an "n", an "r", or an "l", as in "count",
+# "court", and "could". Nor is this the luck of one word. All over the validation set, head 6 gives,
+# on average, 0.91 of its weight to the character before, and heads 0 to 4 give 0.79 to 0.95 of
+# theirs to the four before.
 #
 # We gave it queries and keys made of random numbers. Out of these, following slopes downhill, it
 # has built the very thing that section 5 called hard to beat: it has reinvented the n-gram. Only
@@ -1410,8 +1411,8 @@ def one_line(text):
 #   train(). Then look whether `parameters`, in the first lines of a run, is what it should be.
 # - init_weight goes by name. In a layer of your own, call matrices and gains `weight` and biases
 #   `bias`. (So an nn.PReLU, a ReLU whose left half has a learned slope, begins with a slope of 1,
-#   and does nothing. Give it a rule of its own.) is_decayed goes by name as well, and takes all
-#   matrices in `blocks`.
+#   that is, as a straight line. Give it a rule of its own.) is_decayed goes by name as well, and
+#   takes all matrices in `blocks`.
 # - For positions as rotations (RoPE), rotate q and k just before the cache. Their first position is
 #   cache.offset, or 0 without a cache. Validation uses no cache, so a wrong offset spoils only what
 #   the model writes; the doctest of KVCache would tell.
@@ -1473,8 +1474,8 @@ def check_settings(names):
 
 
 def collect_settings(text, model):
-    """What identifies a run: all settings, the number of parameters (most edits of the model change
-    it), and, under "input.txt", a checksum of the text."""
+    """What identifies a run: all settings, the number of parameters (by which some edits of the
+    model are noticed, and others not), and, under "input.txt", a checksum of the text."""
     settings = {name: globals()[name] for name in SETTINGS}
     return {**settings, "parameters": count_parameters(model),
             "input.txt": f"{zlib.crc32(text.encode()):08x}"}
@@ -1594,8 +1595,8 @@ def check_finite(loss):
 
 
 # Weights are written to a file in a temporary folder, and when the file is whole, it moves to its
-# place. So neither a run that is stopped while it saves nor two runs at the same time leave half a
-# file.
+# place. So neither a run that is killed while it saves nor two runs at the same time leave half a
+# file under its name.
 
 MODEL = "model.safetensors"  # the best weights of this run
 PREVIOUS = "previous.safetensors"  # what MODEL was before this run
@@ -1607,9 +1608,9 @@ COMPLETIONS = "completions.txt"  # the text written at the end of a run
 def save_epoch(model, optimizer, tokenizer, settings, history):
     """Saves the model, if it is the best so far, and then the checkpoint.
 
-    The first save of a new run begins by removing the old checkpoint, which belongs to another run.
-    The new one is saved last: if the run is killed before that, --resume repeats the epoch, or, if
-    it was the first, says that there is no checkpoint.
+    The first save of a new run begins by removing the old checkpoint. (Until then, --resume would go
+    on with the run before.) The new one is saved last: if the run is killed before that, --resume
+    repeats the epoch or, if it was the first, finds no checkpoint.
     """
     if all_machines().rank() > 0:  # only the first machine writes files
         return
