@@ -1608,9 +1608,9 @@ COMPLETIONS = "completions.txt"  # the text written at the end of a run
 def save_epoch(model, optimizer, tokenizer, settings, history):
     """Saves the model, if it is the best so far, and then the checkpoint.
 
-    The first save of a new run begins by removing the old checkpoint. (Until then, --resume would go
-    on with the run before.) The new one is saved last: if the run is killed before that, --resume
-    repeats the epoch or, if it was the first, finds no checkpoint.
+    The first save of a new run begins by removing the old checkpoint. (Until then, --resume would
+    go on with the run before.) The new one is saved last: if the run is killed before that,
+    --resume repeats the epoch or, if it was the first, finds no checkpoint.
     """
     if all_machines().rank() > 0:  # only the first machine writes files
         return
