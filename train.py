@@ -1088,15 +1088,15 @@ def make_optimizer(total_steps):
     1 or -1, however small g is, and each parameter would move by the full lr on the word of a
     single batch. During *warmup*, while m and v gather evidence, steps are kept short. And why does
     it fall? Near the goal the batches quarrel, and every parameter keeps jumping around. Only a
-    lower rate lets it settle. The drawing consists of two straight lines, and the lower one counts:
-    one rises, during warmup, to lr, and the other falls from lr, at step 0, to 0 at the end. So
-    they meet a little below lr, or, in a run of few steps, far below it, and such a run needs a
-    shorter warmup.
+    lower rate lets it settle. The drawing has two straight lines, and the rate is always the lower
+    one of the two. One line rises, during warmup, to lr. The other falls from lr, at step 0, to 0
+    at the end. So they meet a little below lr, or, in a run of few steps, far below it; such a run
+    needs a shorter warmup.
     """
 
-    # AdamW calls this with the number of the step, an mx.array, and wants an mx.array back. (The
-    # number is unsigned: if you subtract from it, it can wrap around below 0.) Many let the rate
-    # fall as half a cosine wave:
+    # AdamW calls this with the number of the step, an mx.array, and wants an mx.array back. (Should
+    # you subtract something from that number, beware: it is unsigned, and wraps around below 0.)
+    # Many let the rate fall as half a cosine wave:
     #     fall = (1 + mx.cos(math.pi * step / total_steps)) / 2
     # For a constant rate after the warmup: return lr * mx.minimum(rise, 1)
     def learning_rate(step):
@@ -1158,8 +1158,8 @@ def make_optimizer(total_steps):
 def all_machines():
     """The group of machines that train together, usually only this one. Its size() is how many they
     are, and its rank() is the number of this one, from 0. Each call returns the same group."""
-    # In a ring, each machine is connected to the next one. If we named no backend, MLX would start
-    # whatever is installed, and there is an MPI that then never returns.
+    # A backend is a way to connect the machines. In a ring, each talks to the next. Left to choose,
+    # MLX would also start others, such as MPI, and some installations of that hang.
     return mx.distributed.init(backend="ring")
 
 
@@ -1208,7 +1208,8 @@ class UserError(Exception):
 
 
 # Here, then, is the heart of what a run of the small model prints: the losses, and under them what
-# the model writes at that time. One line of its writing comes alone, after 500 steps.
+# the model writes at that time. One line of its writing, the third one here, comes alone, after 500
+# steps.
 #
 #     Untrained | train = 4.1989 | val = 4.2001 | perplexity 66.7
 #               uQv$?Mz &zsLMx3led,qOyxSH'⏎WUkApi:ikizTyBrFNW'.kJXXZbQviZicmMrM'bzxII
@@ -1242,7 +1243,7 @@ def train(resume=False):
     train_tokens, val_tokens = split(np.array(tokenizer.encode(text), dtype=np.int32))
     train_part = train_tokens[: len(val_tokens)]  # to save time, we report the loss on this part
     steps_per_epoch = count_batches(train_tokens, ctx_len, batch_size)
-    if steps_per_epoch < 1 or len(val_tokens) <= ctx_len or len(tokenizer.vocab) < 2:
+    if steps_per_epoch < 1 or len(val_tokens) <= ctx_len:
         raise UserError("input.txt holds too little: add text, or lower ctx_len or batch_size")
     total_steps = num_epochs * steps_per_epoch
 
@@ -1255,7 +1256,7 @@ def train(resume=False):
     history = []  # for each epoch, its losses, and how many minutes it took
     if resume:
         history = resume_run(model, optimizer, settings)
-    check_same_run([settings, history])  # on all machines, in case there are several
+    check_machines_agree([settings, history])  # in case there are several
     if not resume:
         print_settings(tokenizer, settings)
         report("Untrained", evaluate(model, train_part), evaluate(model, val_tokens),
@@ -1315,7 +1316,7 @@ def train(resume=False):
 # itself, that makes " cou", and the model expects an "n", an "r", or an "l", as in "count",
 # "court", and "could". Nor is this the luck of one word. All over the validation set, head 6 gives,
 # on average, 0.91 of its weight to the character before, and heads 0 to 4 give 0.79 to 0.95 of
-# theirs to the four before.
+# theirs to the four characters before.
 #
 # We gave it queries and keys made of random numbers. Out of these, following slopes downhill, it
 # has built the very thing that section 5 called hard to beat: it has reinvented the n-gram. Only
@@ -1410,18 +1411,18 @@ def one_line(text):
 #   leaves the model as it was, so that older files still load), and the call to GPTConfig in
 #   train(). Then look whether `parameters`, in the first lines of a run, is what it should be.
 # - init_weight goes by name. In a layer of your own, call matrices and gains `weight` and biases
-#   `bias`. (So an nn.PReLU, a ReLU whose left half has a learned slope, begins with a slope of 1,
-#   that is, as a straight line. Give it a rule of its own.) is_decayed goes by name as well, and
-#   takes all matrices in `blocks`.
-# - For positions as rotations (RoPE), rotate q and k just before the cache. Their first position is
-#   cache.offset, or 0 without a cache. Validation uses no cache, so a wrong offset spoils only what
-#   the model writes; the doctest of KVCache would tell.
+#   `bias`. (An array with a single axis called `weight` begins as ones. So an nn.PReLU, a ReLU
+#   whose left half has a learned slope, would begin as a straight line. Give it a rule of its own.)
+#   is_decayed goes by name as well, and takes all matrices in `blocks`.
+# - For positions as rotations (RoPE), rotate q and k just before the cache. The position of the
+#   first of them is cache.offset, or 0 without a cache. Validation uses no cache, so a wrong offset
+#   spoils only what the model writes; the doctest of KVCache would tell.
 # - The model computes in float32, good for about seven digits (though some GPUs round them to three
 #   digits before they multiply, unless MLX_ENABLE_TF32=0 is set). The bfloat16 of large models has
-#   fewer than three: 1 + 0.001 is still 1. To compute in it, cast x and, in each step anew, the
-#   weights (a product with a float32 is float32 again). The optimizer's own weights must stay
-#   float32, or its small moves are lost. And in loss_fn, cast the logits back, or the losses that
-#   you see are rounded as well.
+#   fewer than three: 1 + 0.001 is still 1. To compute in it, cast what comes out of the embeddings,
+#   and in each step a copy of the weights (a product with a float32 is float32 again). The weights
+#   that the optimizer changes must stay float32, or its small moves are lost. And in loss_fn, cast
+#   the logits back, or the losses that you see are rounded as well.
 # - Some doctests describe GPT-2 with single characters. Once yours is another model, they may fail,
 #   and rightly.
 #
@@ -1445,7 +1446,8 @@ def one_line(text):
 # - In mid-epoch, save with save_model, and to a file name of your own that ends in .safetensors,
 #   since save_epoch moves and overwrites MODEL. Add nothing to `history`, which has one entry for
 #   each epoch. show_line and report set the random seed. With dropout, if you call them again and
-#   again, call mx.random.seed(progress.step) after them, or the same numbers are dropped each time.
+#   again, call mx.random.seed(progress.step) after them, or dropout strikes the same places each
+#   time.
 # - optim.Muon, the optimizer of the README's last step, adds its weight decay to the gradient,
 #   where it does harm, so set it to 0.
 # - For batches that do not fit into memory, find the gradient in parts (gradient accumulation). In
@@ -1463,13 +1465,16 @@ SAMPLING = ["max_new_tokens", "temperature", "top_k"]  # those that only matter 
 
 def check_settings(names):
     """Raises UserError if one of these settings is too low, or n_emb no multiple of n_heads.
-    (Some other mistakes, such as dropout = 1, are reported by MLX or Python.)"""
+
+    names is SETTINGS, or, where a saved model only writes, SAMPLING, since it has sizes of its own.
+    (Some other mistakes, such as dropout = 1, are reported by MLX or Python.)
+    """
     for name in names:
         value = globals()[name]
         least = 1 if name in AT_LEAST_1 else 0
         if not isinstance(value, str) and not value >= least:  # value < least would let nan pass
             raise UserError(f"{name} = {value} must be at least {least}")
-    if "n_heads" in names and n_emb % n_heads != 0:  # if only SAMPLING counts, the sizes do not
+    if "n_heads" in names and n_emb % n_heads != 0:
         raise UserError(f"n_emb = {n_emb} must be a multiple of n_heads = {n_heads}")
 
 
@@ -1487,7 +1492,7 @@ def resume_run(model, optimizer, settings):
     Raises UserError if the checkpoint is not from this run, or the run is finished.
     """
     saved, notes = load(CHECKPOINT)
-    # A model that somebody has copied to CHECKPOINT has no settings, so all of them have changed.
+    # A file by save_model has no settings. Then all of them count as changed.
     changed = changes(notes.get("settings", {}), settings, except_for=["num_epochs", *SAMPLING])
     if changed:
         raise UserError(f"changed since that run: {', '.join(changed)}. Undo this, or start over")
@@ -1497,7 +1502,7 @@ def resume_run(model, optimizer, settings):
     if shapes(saved) != shapes({"model": model.parameters(), "optimizer": optimizer.state}):
         raise UserError(f"{CHECKPOINT} does not match train.py: undo edits, or start over")
     model.update(saved["model"])
-    optimizer.state = saved["optimizer"]  # a new dict, so call make_step only after this
+    optimizer.state = saved["optimizer"]  # a new dict: make_step must find this one
     print(f"Resuming after epoch {len(history) - 1}, val = {history[-1]['val']:.4f}")
     return history
 
@@ -1517,12 +1522,15 @@ def changes(old, new, except_for=()):
             if old.get(name) != new.get(name) and name not in except_for]
 
 
-def check_same_run(plan):
-    """Raises UserError if the machines differ in their plans, [settings, history], or if they
-    cannot share the rows of a batch equally. (The mean of the means of unequal shares is not the
-    mean of all rows.)"""
-    checksum = mx.array([zlib.crc32(json.dumps(plan).encode())], dtype=mx.uint32)  # (1,)
-    checksums = mx.distributed.all_gather(checksum, group=all_machines())  # (machines,): of all
+def check_machines_agree(shared):
+    """Raises UserError if the machines differ in `shared`, which is [settings, history], or cannot
+    share the rows of a batch equally.
+
+    The histories differ if the checkpoint was not copied to all machines before --resume. And the
+    parts must be equal because the mean of the means of unequal parts is not the mean of all rows.
+    """
+    checksum = mx.array([zlib.crc32(json.dumps(shared).encode())], dtype=mx.uint32)  # (1,)
+    checksums = mx.distributed.all_gather(checksum, group=all_machines())  # (machines,)
     if mx.any(checksums != checksum):
         raise UserError("the machines differ in input.txt, in their settings, or in a checkpoint")
     if batch_size % len(checksums) != 0:
@@ -1546,7 +1554,7 @@ def report(title, train_loss, val_loss, model, tokenizer):
     model in eval mode."""
     perplexity = mx.exp(val_loss).item()  # math.exp would raise an error for exp(1000); this is inf
     losses = f"{title} | train = {train_loss:.4f} | val = {val_loss:.4f}"
-    print(f"{losses} | perplexity {perplexity:.3g}".ljust(WIDTH))  # covers what Progress left
+    print(f"{losses} | perplexity {perplexity:.3g}".ljust(WIDTH))  # spaces, to overwrite Progress
     show_line(model, tokenizer)
     if sees_the_future(model):
         print(" " * 10 + "Warning: this model sees the future, so its losses mean nothing.")
@@ -1573,7 +1581,7 @@ class Progress:
         now = time.perf_counter()  # seconds
         if self.step == self.first_step:
             self.started = self.last_print = now
-        if now - self.last_print < 1:  # also in the first step, which has just set both
+        if now - self.last_print < 1:  # true in the first step: no division by 0 below
             return
         self.last_print = now
         loss = loss.item()  # not in every step, since this waits for the GPU
@@ -1595,8 +1603,8 @@ def check_finite(loss):
 
 
 # Weights are written to a file in a temporary folder, and when the file is whole, it moves to its
-# place. So neither a run that is killed while it saves nor two runs at the same time leave half a
-# file under its name.
+# place. So there is never half a file under one of these names, even if a run is killed while it
+# saves, or two runs save at the same time.
 
 MODEL = "model.safetensors"  # the best weights of this run
 PREVIOUS = "previous.safetensors"  # what MODEL was before this run
@@ -1608,9 +1616,9 @@ COMPLETIONS = "completions.txt"  # the text written at the end of a run
 def save_epoch(model, optimizer, tokenizer, settings, history):
     """Saves the model, if it is the best so far, and then the checkpoint.
 
-    The first save of a new run begins by removing the old checkpoint. (Until then, --resume would
-    go on with the run before.) The new one is saved last: if the run is killed before that,
-    --resume repeats the epoch or, if it was the first, finds no checkpoint.
+    A new run first removes the old checkpoint, so that it never stands beside the new model.
+    (Before its first save, --resume still goes on with the old run.) The new checkpoint comes last:
+    if the run is killed before that, --resume repeats the epoch or, if it was the first, finds none.
     """
     if all_machines().rank() > 0:  # only the first machine writes files
         return
@@ -1664,7 +1672,7 @@ def load_model(path):
     try:
         config = GPTConfig(**notes["config"])  # the entries of the dict become the arguments
         model = GPT(config)
-        model.load_weights(tree_flatten(weights))  # pairs of name and array; refuses other shapes
+        model.load_weights(tree_flatten(weights))  # unlike update(), refuses other names and shapes
     except (KeyError, TypeError, ValueError):  # no config, one of another form, other weights
         raise UserError(f"{path} does not match train.py: undo edits, or train again") from None
     model.eval()
@@ -1687,22 +1695,22 @@ def finish(settings, history):
     Path(COMPLETIONS).write_text(text, encoding="utf-8", newline="\n")  # on Windows as well
     print(f"\nThe best weights, in {MODEL}, have a validation loss of {best:.4f}. "
           f"Trained in {minutes:.1f} minutes ({device}, MLX {mx.__version__}).")
-    previous = previous_run(settings["input.txt"])
-    if previous is not None:
-        changed = ", ".join(changes(previous["settings"], settings)) or "no settings"
-        print(f"The last run on this text: {previous['best_val']:.4f}. Changed since: {changed}.")
+    last = last_run_on(settings["input.txt"])
+    if last is not None:
+        changed = ", ".join(changes(last["settings"], settings)) or "no settings"
+        print(f"The last run on this text had {last['best_val']:.4f}. Changed since: {changed}.")
 
 
-def previous_run(checksum):
+def last_run_on(checksum):
     """The last run in RUN_LOG before this one, on a text with this checksum, or None."""
-    previous = None
+    last = None
     # All lines but the last one, which is this run.
     for line in Path(RUN_LOG).read_text(encoding="utf-8", errors="replace").splitlines()[:-1]:
         with contextlib.suppress(ValueError, KeyError, TypeError):  # skips what is not such a line
             run = json.loads(line)
             if run["settings"]["input.txt"] == checksum:
-                previous = run
-    return previous
+                last = run
+    return last
 
 
 def on_two_cores(one_core_loss):
@@ -1712,8 +1720,8 @@ def on_two_cores(one_core_loss):
     MLX puts operations into a queue, called a stream, and on a CPU each stream has a thread that
     computes them. So all it takes is a second stream. Operations made under mx.stream(...) go
     there, and so does what belongs to them in the backward pass. The sum at the end waits for both.
-    (A plain new_stream would work only in the thread that makes it, the one that loads this file,
-    and a program could not call train() in another.)
+    (It is thread-local so that train() also works in another thread than the one that imported this
+    file. A stream by mx.new_stream would not.)
     """
     second_stream = mx.new_thread_local_stream(mx.cpu)
 
@@ -1759,10 +1767,10 @@ def main():
             look(*load_model_for(arguments.look), arguments.look)
         else:
             train(arguments.resume)
-        print(end="", flush=True)  # sends what is left, so that a BrokenPipeError is caught below
+        print(end="", flush=True)  # sends what print still holds back: see BrokenPipeError
     except KeyboardInterrupt:  # Ctrl-C, perhaps in the middle of a line
         sys.exit("\ntrain.py: stopped")
-    except BrokenPipeError:  # no one reads on, as after: python train.py --sample | head
+    except BrokenPipeError:  # an OSError, but no one reads on, as after: train.py --sample | head
         sys.stdout = None  # or Python would try to send the rest at exit, and complain
         sys.exit(1)
     except UnicodeDecodeError as error:
