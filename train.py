@@ -17,25 +17,26 @@ writes:
 Four minutes ago it could not tell a vowel from a dollar sign. A Mac's GPU gets a larger model,
 which takes longer, learns to spell, and even keeps to the meter now and then.
 
-What happens in between is no magic, and all of the model is in this file. GPT stands for generative
-pre-trained transformer. A *transformer* is one kind of *neural network*, that is, a function with a
-great many adjustable numbers. Nearly all of them start out random, and what it writes then shows
-it. We will build this function piece by piece, have it guess at a real text, and each time it has
-guessed, nudge every number in the direction that would have made the guess better. Our library is
-MLX, Apple's own. It works much like NumPy, but can do two things more: it can use the graphics
-processor (GPU) of a Mac, and it can find those directions for us, all at once.
+What happens in between is not magic, and all of the model is in this file. GPT stands for
+generative pre-trained transformer. A *transformer* is one kind of *neural network*, that is, a
+function with a great many adjustable numbers. Nearly all of them start out random, and what the
+untrained model writes looks it. We will build this function piece by piece, have it guess its way
+through a real text, and after each guess nudge every number in the direction that would have made
+the guess better. Our library is MLX, Apple's own. It works much like NumPy, but it can do two more
+things: it can use the graphics processor (GPU) of a Mac, and it can find those directions for us,
+all at once.
 
      1. Settings      5. Loss and learning      9. Generating text       13. The command line
      2. Data          6. Attention             10. Training
      3. Tokenizer     7. MLP and block         11. Looking inside
      4. Batches       8. GPT                   12. The parts of a run
 
-Sections 1 to 11 are the lesson. It takes an afternoon, and needs some Python and the mathematics of
-school, no more. Start a run, and read from the top while it works. Then change something, run it
-again, and compare the validation loss, which says how badly the model predicts text that it has
-never seen. Pure guessing gets 4.17, and lower is better. On the shipped text, the small model gets
-1.53, and the default model 1.25. Try `n_heads = 1` first, or your own text in input.txt. The README
-has more experiments, and the steps that lead from GPT-2 to the models of today.
+Sections 1 to 11 are the lesson. It takes an afternoon, and needs some Python and high school math,
+no more. Start a run, and read from the top while it works. Then change something, run it again, and
+compare the validation loss, which says how badly the model predicts text that it has never seen.
+Pure guessing gets 4.17, and lower is better. On the shipped text, the small model gets 1.53, and
+the default model 1.25. Try `n_heads = 1` first, or your own text in input.txt. The README has more
+experiments, and the steps that lead from GPT-2 to the models of today.
 
 The examples after >>> are tests. To run them: python -m doctest train.py
 """
@@ -112,15 +113,15 @@ SETTINGS = [name for name, value in globals().items()
 
 # %% 2. Data
 #
-# All our data is one text file. The one that comes with this program holds eight plays in
-# Shakespeare's manner, which were written for it. (Their first line is that of the file known as
-# Tiny Shakespeare, but the rest is another text, so do not compare losses between the two.)
+# All our data is one text file. The one that comes with this program holds eight plays in the
+# manner of Shakespeare, written for the purpose. (Its first line is borrowed from the file known as
+# Tiny Shakespeare, but the rest is another text, so losses on the two cannot be compared.)
 #
 # How will we know whether the model has learned something about the language? If it has read a line
-# a thousand times, being able to recite it proves nothing. So it learns from the first nine tenths
-# of the text only, the *training set*. The last tenth, the *validation set*, is held out, and there
-# we test it. A model that does well on what it has read, and badly on what it has not, has merely
-# memorized, which is called *overfitting*.
+# a thousand times, being able to recite it proves nothing. So it learns from only the first nine
+# tenths of the text, the *training set*. The last tenth, the *validation set*, is held out, and
+# there we test it. A model that does well on what it has read, and badly on what it has not, has
+# merely memorized, which is called *overfitting*.
 
 
 def load_text(path="input.txt"):
@@ -142,8 +143,8 @@ def split(text):
 # %% 3. Tokenizer
 #
 # A neural network computes with numbers, so the text must become numbers before anything else can
-# happen. How? We cut it into *tokens*, here single characters. The list of all different tokens is
-# the *vocabulary*, and the place of a token in this list is its *token ID*. Like most code, ours
+# happen. How? We cut it into *tokens*, here single characters. The list of all the different tokens
+# is the *vocabulary*, and the place of a token in this list is its *token ID*. Like most code, ours
 # simply calls this number the token.
 #
 # Why characters, and not words? GPT-2 takes something in between. Its vocabulary, found by
@@ -206,9 +207,9 @@ class CharTokenizer:
 # In an index, a colon takes everything along an axis: a[:, 0] is the first column.
 #
 # A whole pass over the training set is an *epoch*. If every epoch cut the text into rows at the
-# same places, then the first characters of a row would never be seen with those before them, which
-# are in another row. So each epoch begins at a random one of the first T tokens, and takes the rows
-# in random order.
+# same places, then the first characters of a row would never be seen together with the ones just
+# before them, which would always be in another row. So each epoch begins at one of the first T
+# tokens, picked at random, and takes the rows in random order.
 #
 # NumPy (np) cuts the text, and MLX (mx) does the computing.
 
@@ -265,8 +266,8 @@ def count_batches(tokens, ctx_len, batch_size):
 # nothing. Keep this in mind; it will come back.
 #
 # Then the text reveals which token really came next. Let p be the probability that the model gave
-# it. The *loss* is -ln p, which is 0 if the model was certain of that token, and grows with its
-# surprise. You will also meet it as the *negative log-likelihood*.
+# it. The *loss* is -ln p, which is 0 if the model was certain of that token, and grows with the
+# model's surprise. You will also meet it as the *negative log-likelihood*.
 #
 #     p        1       0.22     1/65      0.001
 #     loss     0       1.5      4.17      6.9
@@ -281,10 +282,11 @@ def count_batches(tokens, ctx_len, batch_size):
 # And what is a good loss? Rolling a die with 65 sides gets ln 65 = 4.17. The classic rival is an
 # *n-gram model*, which has no neurons at all. It counts, in the training set, how often each
 # character followed each string of n - 1 characters. If "th" was followed by "e" 60 times out of
-# 100, then "e" gets about 0.6 after "th". This is hard to beat, but it has a hole. A character that
-# was never seen there would get p = 0 and an infinite loss. So smoothing (there are many ways; ours
-# is modified Kneser-Ney) takes a little probability from the characters that were seen, and shares
-# it among all, in the proportions that a shorter string suggests. On the shipped text:
+# 100, then "e" gets about 0.6 after "th". Such a model is hard to beat, but it has a hole. A
+# character that was never seen there would get p = 0 and an infinite loss. So smoothing (there are
+# many ways; ours is modified Kneser-Ney) takes a little probability from the characters that were
+# seen, and shares it among all, in the proportions that a shorter string suggests. On the shipped
+# text:
 #
 #     n        1       2       3       4       5       6       7
 #     loss     3.24    2.36    1.83    1.51    1.38    1.34    1.33
@@ -300,11 +302,11 @@ def loss_fn(model, x, y):
 
 
 # To learn is to change the parameters so that the loss falls. How do we know which way to change
-# them? Let us try it with a model so small that we can watch. It has one parameter, w, and its
-# language has two letters: 3 of 4 letters are "a", and the rest are "b". The logit of "a" is w, and
-# that of "b" is always 0. As exp(0) = 1, softmax gives "a" the probability
-# p = exp(w) / (exp(w) + 1), and "b" gets 1 - p. So in 3 of 4 cases the loss is -ln p, in the others
-# it is -ln(1 - p), and this is its mean:
+# them? Let us find out with a model so small that we can watch every move. It has one parameter, w,
+# and its language has two letters: three letters out of four are "a", and the rest are "b". The
+# logit of "a" is w, and that of "b" is always 0. As exp(0) = 1, softmax gives "a" the probability
+# p = exp(w) / (exp(w) + 1), and "b" gets 1 - p. So in three cases out of four the loss is -ln p, in
+# the others it is -ln(1 - p), and this is its mean:
 
 
 def toy_loss(w):
@@ -317,9 +319,9 @@ def toy_loss(w):
     >>> print(f"{change.item() / 0.001:.3f}")
     -0.250
 
-    Around w = 0, the loss changes -0.25 times as much as w does. This is its slope there, or
-    *derivative*. As it is negative, the loss falls when w grows, so w should grow. MLX finds the
-    slope without a nudge:
+    Around w = 0, the loss changes -0.25 times as much as w does. This is the slope of the loss at
+    that point, its *derivative*. As it is negative, the loss falls when w grows, so w should grow.
+    MLX finds the slope without a nudge:
 
     >>> slope = mx.grad(toy_loss)
     >>> print(f"{slope(mx.array(0.0)).item():.3f}")
@@ -356,10 +358,10 @@ def toy_loss(w):
 #
 # A real model has a great many parameters, and a slope, or partial derivative, for each. All the
 # slopes together, in one long list, are the *gradient*. If we nudged one parameter at a time, a
-# single step of the default model would need some 600,000 runs. *Backpropagation* gets the whole
-# gradient for the price of about three runs: one forward, and one backward that costs as much as
-# two. It rests on the *chain rule*: if one number depends on another, and that on a third, the
-# slopes multiply.
+# single step of the default model would have to run it some 600,000 times. *Backpropagation* gets
+# the whole gradient for the price of about three: one run forward, and one backward that costs as
+# much as two. It rests on the *chain rule*: if one number depends on another, and that on a third,
+# the slopes multiply.
 #
 #         slope 3       slope -2
 #     w ----------> z ----------> loss          slope of the loss with respect to w: 3 * -2 = -6
@@ -367,13 +369,13 @@ def toy_loss(w):
 #     u ------------+                           slope of the loss with respect to u: 5 * -2 = -10
 #         slope 5
 #
-# If z grows 3 times as fast as w, and the loss falls 2 times as fast as z grows, then the loss
-# falls 6 times as fast as w grows. Because every operation knows its own slope (that of x * x is
-# 2 * x), the program can run the model once to find the loss (the *forward pass*), and then walk
-# back from the loss, multiplying slopes as it goes (the *backward pass*). If this looks too simple
-# to be the whole secret, look again at the -2. It is found once, and serves both w and u, and
-# whatever else z depends on, so one walk back serves all parameters. And where a number is used in
-# several places, its slopes add up: 3 * w + 2 * w has slope 5.
+# If z grows 3 times as fast as w, and the loss falls twice as fast as z grows, then the loss falls
+# 6 times as fast as w grows. Because every operation knows its own slope (that of x * x is 2 * x),
+# the program can run the model once to find the loss (the *forward pass*), and then walk back from
+# the loss, multiplying slopes as it goes (the *backward pass*). If this looks too simple to be the
+# whole secret, look again at the -2. It is found once, and serves both w and u, and whatever else z
+# depends on, so one walk back serves all parameters. And where a number is used in several places,
+# its slopes add up: 3 * w + 2 * w has slope 5.
 
 # %% 6. Attention
 #
@@ -424,10 +426,10 @@ class GPTConfig:
 #     1/3  1/3  1/3        = softmax(0,    0,    0)
 #
 # The zeros in the upper right corner are there for a reason. The next position holds the very
-# answer that we ask for. A model that saw it would learn to copy and nothing else, but when it has
-# to write, there is no next position to copy from. Now the softmax beside the table makes sense. It
-# turns equal numbers into equal weights, and -inf into exactly 0, because exp(-inf) = 0. The places
-# that get -inf form the *causal mask*:
+# answer that we ask for. A model that saw it would learn to copy, and nothing else. And once it had
+# to write, there would be no next position to copy from. Now the softmax beside the table makes
+# sense. It turns equal numbers into equal weights, and -inf into exactly 0, because exp(-inf) = 0.
+# The places that get -inf form the *causal mask*:
 
 
 def causal_mask(T, S):
@@ -443,13 +445,13 @@ def causal_mask(T, S):
     """
     i = mx.arange(S - T, S)[:, None]  # (T, 1): None adds an axis, so this is a column
     j = mx.arange(S)  # (S,): a row
-    return j > i  # (T, S): both are stretched to a table, which is called *broadcasting*
+    return j > i  # (T, S): both are stretched into a table, which is called *broadcasting*
 
 
-# An average treats all alike, so for "u" the "W" far away would count as much as the "o" next to
-# it. We want each position to choose whom it listens to. So in place of the zeros inside
-# softmax(...), we put *scores*. If position i gives position j a high score, softmax gives j much
-# of the weight, and i *attends to* j.
+# This is the page to read twice, so take it slowly. An average treats all alike, so for "u" the "W"
+# far away would count as much as the "o" next to it. We want each position to choose whom it
+# listens to. So in place of the zeros inside softmax(...), we put *scores*. If position i gives
+# position j a high score, softmax gives j much of the weight, and i *attends to* j.
 #
 # What should the score be? Something that can be computed from the two vectors, and that learning
 # can shape. A simple measure of how well two vectors agree is their *dot product*: multiply entry
@@ -470,9 +472,9 @@ def causal_mask(T, S):
 #     *value*    what I pass on to those who find me
 #
 # All three are lists of head_size numbers (8 of them in our small model; we will soon see why).
-# They are made from the vector of the position, each by its own *matrix* of parameters. This is the
-# page to read twice, so take it slowly. A matrix is a table of numbers. Multiply a vector x by a
-# matrix M, x @ M, and you get a new vector: the dot products of x with the columns of M.
+# They are made from the vector of the position, each by its own *matrix* of parameters.  A matrix
+# is a table of numbers. Multiply a vector x by a matrix M, x @ M, and you get a new vector: the dot
+# products of x with the columns of M.
 #
 #     x = (1, 2)      M = 3  0      x @ M = (1 * 3 + 2 * 4, 1 * 0 + 2 * 5) = (11, 10)
 #                         4  5
@@ -492,8 +494,8 @@ def attention_weights(q, k):
 
     q is (..., T, head_size), k is (..., S, head_size), and the result is (..., T, S), with a row
     for each query and a column for each key. The dots stand for any axes before these. Elsewhere,
-    head_size is called d_k, and what this function begins and weights @ v completes is called
-    *scaled dot-product attention*.
+    head_size is called d_k, and this function, together with the product weights @ v that follows
+    it, is *scaled dot-product attention*.
 
     Here are three positions, whose queries and keys have two numbers each. Before softmax, their
     scores are divided by sqrt(2); we will come to that.
@@ -533,7 +535,7 @@ def attention_weights(q, k):
 # the larger their dot product tends to be, and large scores bring learning to a halt.
 #
 # Suppose that all the numbers in queries and keys are random and independent, with mean 0 and
-# variance 1. (The variance is then the mean of their squares, and its root, the *standard
+# variance 1. (The variance is then the mean of their squares, and its square root, the *standard
 # deviation*, is their typical size.) Then each product has variance 1 as well, and because
 # variances of independent numbers add up, the sum of head_size products has variance head_size. (If
 # you have never met these two facts, a few lines of NumPy will confirm them.) Its typical size is
@@ -572,7 +574,7 @@ class MultiHeadAttention(nn.Module):
 
         (B, n_heads, T, head_size) @ (B, n_heads, head_size, T) = (B, n_heads, T, T)
 
-    In the end, c_proj mixes what the heads have found. Without it, each head could only ever change
+    At the end, c_proj mixes what the heads have found. Without it, each head could only ever change
     its own part of the vector.
 
     MLX offers scores, mask, softmax, and average as one fast function,
@@ -592,9 +594,9 @@ class MultiHeadAttention(nn.Module):
         # *Dropout* sets a fraction of its input, chosen at random, to 0, and scales up the rest to
         # make up for it. It sounds like sabotage, and it is. As no part can rely on any single
         # number, memorizing becomes hard. Such measures against overfitting are called
-        # *regularization*. (In our default model, more weight decay did as well without it, on Tiny
-        # Shakespeare, so in the settings above dropout is 0.) Dropout acts only in training:
-        # model.train() turns it on, and model.eval() off.
+        # *regularization*. (On Tiny Shakespeare, our default model did just as well with more
+        # weight decay and no dropout, so in the settings above dropout is 0.) Dropout acts only in
+        # training: model.train() turns it on, and model.eval() off.
         self.attn_dropout = nn.Dropout(config.dropout)
         self.resid_dropout = nn.Dropout(config.dropout)  # residual: see section 7
 
@@ -642,16 +644,16 @@ class MultiHeadAttention(nn.Module):
 # end of "What is the cou", the "u" has heard of a "c" and an "o" and a space before them. It takes
 # more to conclude that a word has begun with "cou", so that an "l" or an "n" or an "r" is due. That
 # is the job of the *MLP* (multilayer perceptron, also called feed-forward network). It works on
-# each position by itself, and is two *linear layers* (each a matrix and its biases, as in
-# nn.Linear), with 4 * n_emb numbers, the *hidden layer*, between them.
+# each position by itself. It has two *linear layers* (each a matrix and its biases, as in
+# nn.Linear), and between them lie 4 * n_emb numbers, the *hidden layer*.
 #
 # A linear layer can only add up evidence. It cannot say "a c counts only if a space comes before
 # it". Nor could two of them alone, because (x @ M) @ N is x @ (M @ N), and M @ N is just another
-# matrix. A *nonlinearity* (or activation function) must go in between, some function whose graph is
-# not a straight line. The simplest is *ReLU*, max(0, x). If c and s are each 0 or 1, then max(0,
+# matrix. Something must go in between whose graph is not a straight line: a *nonlinearity*, or
+# activation function. The simplest is *ReLU*, max(0, x). If c and s are each 0 or 1, then max(0,
 # c + s - 1) is 1 only if both are: a corner in the graph is enough to say "and". GPT-2 uses *GELU*,
-# much the same with the corner rounded off: x times the probability that a random number from the
-# bell curve (mean 0, variance 1) is below x.
+# which is much the same, but with the corner rounded off. It is x times the probability that a
+# random number from the bell curve (mean 0, variance 1) is below x.
 #
 #     x           -3       -0.75    0        1        3
 #     gelu(x)     -0.004   -0.170   0        0.841    2.996
@@ -686,19 +688,19 @@ class MLP(nn.Module):
 #          |                        ^    |                  ^
 #          +--> ln_1 --> attention -+    +--> ln_2 --> MLP -+
 #
-# Look at the line that runs straight through. What attention and MLP compute does not replace x but
-# is added to it, by a *residual connection*, so each of them needs to learn only what to change.
-# The vector that travels along this line, from the first block to the last, is called the *residual
-# stream*. It is a road for the gradient as well. In a plain chain of layers (whatever turns vectors
-# into vectors is called a *layer*), slopes multiply, so after twelve layers with slopes of 1/2,
-# only 1/4096 of the gradient reaches the first one. But x + f(x) has the slope 1 + f'(x). Thanks to
-# the 1, part of the gradient passes every layer as if the layer were not there.
+# Look at the line that runs straight through. What attention and the MLP compute does not replace x
+# but is added to it, by a *residual connection*, so each of them needs to learn only what to
+# change. The vector that travels along this line, from the first block to the last, is called the
+# *residual stream*. It is a road for the gradient as well. In a plain chain of layers (a *layer* is
+# anything that turns vectors into vectors), slopes multiply, so after twelve layers with slopes of
+# 1/2, only 1/4096 of the gradient reaches the first one. But x + f(x) has the slope 1 + f'(x).
+# Thanks to the 1, part of the gradient passes every layer as if the layer were not there.
 #
 # What keeps the stream from growing, as layer after layer adds to it? Once training has begun,
-# nothing does. But attention and MLP must not be swamped by it: from ever longer vectors, attention
-# would compute ever larger scores, for instance, and softmax would saturate. So what they read from
-# the stream first passes through a *LayerNorm*, which shifts and scales the numbers in each vector
-# to mean 0 and variance 1 (but for a tiny constant, which keeps it from dividing by 0):
+# nothing does. But it must not swamp what reads it. From ever longer vectors, for instance,
+# attention would compute ever larger scores, until softmax saturated. So what is read from the
+# stream first passes through a *LayerNorm*, which shifts and scales the numbers in each vector to
+# mean 0 and variance 1 (but for a tiny constant, which keeps it from dividing by 0):
 #
 #     x                                   1        2        6
 #     minus the mean, 3                  -2       -1        3
@@ -753,14 +755,14 @@ class Block(nn.Module):
 # How should the parameters begin? If all were equal, all numbers in a vector would be equal, would
 # get equal gradients, and would stay equal forever, many numbers doing the work of one. The
 # matrices therefore start out random. (Biases can begin at 0 and gains at 1, since random matrices
-# around them keep things different.) And they begin small. As the rows of wte are small, so are all
-# logits, and at first no token is preferred by much. Equal logits would give each of V tokens the
-# probability 1/V, and a loss of -ln(1/V) = ln V. That gives us a test: the first loss must lie
-# close to ln vocab_size. Mostly it lies a little above. As the logits are not quite equal, some
-# tokens are preferred to others before anything has been learned, and as a rule that costs more
-# than it gains. If two tokens should get 1/2 each, and get 0.6 and 0.4, the mean of -ln p is 0.714,
-# and not ln 2 = 0.693. (A lucky model prefers tokens that are frequent, and lies a little below.)
-# An honest beginner knows nothing, and says so.
+# around them keep things different.) And they begin small. Because the rows of wte are small, all
+# logits are small too, and at first no token is preferred by much. Equal logits would give each of
+# the V tokens the probability 1/V, and a loss of -ln(1/V) = ln V. That gives us a test: the first
+# loss must lie close to ln vocab_size. Usually it is a little higher. As the logits are not quite
+# equal, some tokens are preferred to others before anything has been learned, and as a rule that
+# costs more than it gains. If two tokens should get 1/2 each, and get 0.6 and 0.4, the mean of -ln
+# p is 0.714, and not ln 2 = 0.693. (A lucky model prefers tokens that are frequent, and starts a
+# little lower.) An honest beginner knows nothing, and says so.
 
 
 class GPT(nn.Module):
@@ -822,7 +824,7 @@ class GPT(nn.Module):
         return self.wte.as_linear(x)  # x @ self.wte.weight.mT: (B, T, vocab_size)
 
 
-# That was all of it. Leave out dropout and the cache, and GPT-2 fits on one screen:
+# And that is all. Leave out dropout and the cache, and GPT-2 fits on one screen:
 
 
 def forward_pass(model, tokens):
@@ -951,8 +953,8 @@ def sample(logits, temperature=1.0, top_k=None):
 # were a moment ago. We keep them in a *KV cache* (key/value cache), and run only the new token
 # through the model. Its query meets the stored keys, so now there are T = 1 queries and S keys, and
 # the causal mask has a single row, which hides nothing. Why are queries not kept as well? Because
-# nobody will need them again: a query serves only its own position, and what later positions want
-# from that one, its key and its value in every block, has been stored.
+# nobody will need them again: a query serves only its own position. What later positions want from
+# it is its key and its value in every block, and those are stored.
 #
 #     what goes through the model     without a cache     with a cache
 #     first, the prompt "the cou"     t h e _ c o u       t h e _ c o u
@@ -992,7 +994,7 @@ class KVCache:
 
 
 def generate(model, tokens, max_new_tokens, temperature=1.0, top_k=None):
-    """Yields max_new_tokens tokens, one by one, that continue a list of at least one token.
+    """Continues a list of at least one token: yields max_new_tokens more, one by one.
 
     Puts the model in eval mode. If you call this in the middle of an epoch, call model.train()
     afterward.
@@ -1011,7 +1013,8 @@ def generate(model, tokens, max_new_tokens, temperature=1.0, top_k=None):
         if len(window) > ctx_len:
             # The window is full. The simple loop drops one token, so that all others move to new
             # positions and have to be read again, for every new token. We drop half, and read again
-            # only once in a while. The price: just after, the model remembers half as much.
+            # only once in a while. The price: right afterward, the model remembers only half as
+            # much.
             window = window[-max(1, ctx_len // 2) :]  # the newer half
             unread = window
             caches = [KVCache() for _ in model.blocks]
@@ -1070,7 +1073,7 @@ def type_out(model, tokenizer, prompt):
 # 0.05. With random signs it is typically 0.23, as you can check in a few lines of Python. In short,
 # where the batches agree, w goes ahead, and where they quarrel, it only wanders about.
 #
-# AdamW has *weight decay* besides: in each step, it also shrinks w by a small part of itself,
+# AdamW adds *weight decay*: in each step, it also shrinks w by a small part of itself,
 # lr * weight_decay * w. A weight then stays large only if its gradient keeps insisting. With large
 # weights a single detail can decide everything, as in a rule that fits one line of the training
 # text and no other.
@@ -1088,10 +1091,10 @@ def make_optimizer(total_steps):
     1 or -1, however small g is, and each parameter would move by the full lr on the word of a
     single batch. During *warmup*, while m and v gather evidence, steps are kept short. And why does
     it fall? Near the goal the batches quarrel, and every parameter keeps jumping around. Only a
-    lower rate lets it settle. The drawing has two straight lines, and the rate is always the lower
-    one of the two. One line rises, during warmup, to lr. The other falls from lr, at step 0, to 0
-    at the end. So they meet a little below lr, or, in a run of few steps, far below it; such a run
-    needs a shorter warmup.
+    lower rate lets it settle. The drawing is made of two straight lines, and at each step the lower
+    one counts. One rises to lr during warmup. The other falls from lr at step 0 to 0 at the end. So
+    they meet a little below lr, or, in a run of few steps, far below it; such a run needs a shorter
+    warmup.
     """
 
     # AdamW calls this with the number of the step, an mx.array, and wants an mx.array back. (Should
@@ -1144,22 +1147,22 @@ def make_optimizer(total_steps):
 #     parameters, m, v, step count   do change: they are in the list `state` below
 #     random numbers                 do change, for the same reason
 #
-# While you experiment inside step, let make_step end with `return step`, and step is plain Python
-# again. If a compiled step fails while MLX records it, the parameters may be left as mere
+# While you experiment inside step, end make_step with a plain `return step`. Then step is ordinary
+# Python again. If a compiled step fails while MLX records it, the parameters may be left as mere
 # placeholders, without numbers. That model is lost; make a new one, as train() does.
 #
 # And if you have several Macs? They can train one model together. mlx.launch starts this program on
 # each of them (see the README), each finds the gradient for its own rows of a batch, and the mean
 # of these gradients is the gradient of the whole batch. This is called *data parallelism*. As all
 # machines begin with the same weights and make the same moves, their models stay the same. In
-# make_step, the lines with `world` and `mine` do it. For a Mac that is alone, they change nothing.
+# make_step, the lines with `world` and `mine` do it. On a single Mac, they change nothing.
 
 
 def all_machines():
-    """The group of machines that train together, usually only this one. Its size() is how many they
-    are, and its rank() is the number of this one, from 0. Each call returns the same group."""
+    """The group of machines that train together, usually only this one. Its size() is how many
+    there are, and its rank() is the number of this one, from 0. (Each call returns the same.)"""
     # A backend is a way to connect the machines. In a ring, each talks to the next. Left to choose,
-    # MLX would also start others, such as MPI, and some installations of that hang.
+    # MLX would start others as well, such as MPI, some versions of which then hang.
     return mx.distributed.init(backend="ring")
 
 
@@ -1207,9 +1210,8 @@ class UserError(Exception):
     """A mistake that you can fix, such as too short a text. main() shows it without a traceback."""
 
 
-# Here, then, is the heart of what a run of the small model prints: the losses, and under them what
-# the model writes at that time. One line of its writing, the third one here, comes alone, after 500
-# steps.
+# Here, then, is the best part of what a run of the small model prints: the losses, and under them
+# what the model writes at that point. One line, from step 500, comes without losses.
 #
 #     Untrained | train = 4.1989 | val = 4.2001 | perplexity 66.7
 #               uQv$?Mz &zsLMx3led,qOyxSH'⏎WUkApi:ikizTyBrFNW'.kJXXZbQviZicmMrM'bzxII
@@ -1224,7 +1226,7 @@ class UserError(Exception):
 # Watch it learn. The first loss lies where it must, close to 4.17. After 500 steps it has found out
 # about spaces, vowels, and the length of words. After one epoch it has beaten n = 3, and knows that
 # in a play, a speech begins with a name, mostly in capitals, and a colon. In the end it is close to
-# n = 4. (Can the loss on the text that it has not read be the lower one, as after epoch 0? Yes: the
+# n = 4. (How can the loss be lower on the text that it has not read, as it is after epoch 0? The
 # two texts come from different plays, and one may be a little easier.) Nobody has told it any of
 # this. All it ever got was the next character.
 #
@@ -1273,7 +1275,7 @@ def train(resume=False):
             loss = step(x, y)
             mx.async_eval(loss, model.state, optimizer.state)  # start computing, and do not wait
             progress.update(loss)
-            if progress.step == 500:  # an early look; for more in mid-epoch, see section 12
+            if progress.step == 500:  # an early look; for more such looks, see section 12
                 show_line(model, tokenizer)
                 model.train()  # dropout on again (a compiled step has it on anyway)
 
@@ -1311,17 +1313,18 @@ def train(resume=False):
 #
 # The surprise is the loss at each character. It tends to be high where a word begins, and low once
 # the rest can be guessed: after "Wha", a "t" is no news at all. Each head has a row, which shows
-# what the last position, the "u", attends to. Head 6 attends to the "o" before it. Heads 0, 2, 3,
-# and 4 here attend to the "c" before that, and head 1 to the space before the "c". With the "u"
-# itself, that makes " cou", and the model expects an "n", an "r", or an "l", as in "count",
-# "court", and "could". Nor is this the luck of one word. All over the validation set, head 6 gives,
-# on average, 0.91 of its weight to the character before, and heads 0 to 4 give 0.79 to 0.95 of
-# theirs to the four characters before.
+# what the last position, the "u", attends to. Head 6 attends to the "o", the character just before
+# the "u". In this word, heads 0, 2, 3, and 4 attend to the "c" before that, and head 1 to the space
+# before the "c". With the "u" itself, that makes " cou", and the model expects an "n", an "r", or
+# an "l", as in "count", "court", and "could". (It would rather have a count than a court.) Nor is
+# this the luck of one word. All over the validation set, head 6 gives, on average, 0.91 of its
+# weight to the character before, and heads 0 to 4 give 0.79 to 0.95 of theirs to the four
+# characters before.
 #
 # We gave it queries and keys made of random numbers. Out of these, following slopes downhill, it
 # has built the very thing that section 5 called hard to beat: it has reinvented the n-gram. Only
 # head 5 has other interests, far back in the line. With more blocks, heads attend to what other
-# heads have found, and things become less easy to read off.
+# heads have found, and the picture is not so easy to read.
 
 
 def look(model, tokenizer, prompt):
@@ -1354,7 +1357,7 @@ def look(model, tokenizer, prompt):
     uniform = math.log(len(tokenizer.vocab))  # a full bar: no better than a uniform guess
     # Position i predicts tokens[i + 1], which is number i of tokens[1:].
     surprise = [-log_p[i, token].item() / uniform for i, token in enumerate(tokens[1:])]
-    print("surprise".ljust(19) + bars(surprise))  # one more: nothing predicts the first character
+    print("surprise".ljust(19) + bars(surprise))  # 19: nothing predicts the first character
     for i, weights in enumerate(recorded):
         from_last = weights[0, :, -1]  # (n_heads, T): what the last position attends to
         for head, row in enumerate(from_last.tolist()):
@@ -1380,56 +1383,55 @@ def one_line(text):
     return "".join(char if char.isprintable() else " " for char in text)
 
 
-# This is where the lesson ends. What should you do now? Change something, and guess what it will do
-# before you run it. The README has experiments, and tested diffs for what today's models do
+# This is where the lesson ends. What should you do now? Change something, and before you run it,
+# guess what it will do. The README has experiments, and tested diffs for what today's models do
 # differently (RMSNorm, no biases, rotary positions, SwiGLU, grouped queries, Muon). The next
-# section begins with what is good to know before you change anything.
+# section begins with what to read, and what is good to know before you change anything.
 #
-# What should you read next? Attention and the transformer: Vaswani et al., Attention Is All You
+# But first, turn back to page one. GPT-2 guesses what comes next, and that is all it can do. You
+# have now seen every part of the model, and nothing was hidden. Make our default model a hundred
+# times as wide and thirty times as deep, let it see sixteen times as far, feed it the internet, and
+# you have something very much like GPT-3. And yet no line of this file says what a word is, or a
+# verse, or a speaker. The model follows slopes downhill, and this is what it finds there.
+
+# %% 12. The parts of a run
+#
+# The papers behind the lesson. Attention and the transformer: Vaswani et al., Attention Is All You
 # Need, 2017. GPT-2: Radford et al., Language Models are Unsupervised Multitask Learners, 2019.
 # Byte-pair encoding: Sennrich et al., 2015. Residual connections: He et al., 2015. LayerNorm: Ba et
 # al., 2016. GELU: Hendrycks and Gimpel, 2016. Dropout: Srivastava et al., 2014. Weight tying: Press
 # and Wolf, 2016. Adam: Kingma and Ba, 2014. AdamW: Loshchilov and Hutter, 2017. Top-k sampling: Fan
 # et al., 2018. Modified Kneser-Ney smoothing: Chen and Goodman, 1998.
 #
-# And then look back to the first page. GPT-2 guesses what comes next, and that is all it can do.
-# You have now seen every part of the model, and nothing was hidden. Make our default model a
-# hundred times as wide and thirty times as deep, let it see sixteen times as far, feed it the
-# internet, and you have something very much like GPT-3. And yet no line of this file says what a
-# word is, or a verse, or a speaker. The model follows slopes downhill, and this is what it finds
-# there.
-
-# %% 12. The parts of a run
-#
-# Here are the functions that train() and main() call, roughly in the order in which they call them.
-# There is nothing new about GPT in them. But first, some things that save you trouble when you
-# change what stands above.
+# Here are the functions that train() and main() call, roughly in order of appearance. They hold
+# nothing new about GPT. But first, some things that save you trouble when you change anything
+# above.
 #
 # The model:
 #
 # - A new size must be added in three places: the settings, GPTConfig (last, and with a default that
 #   leaves the model as it was, so that older files still load), and the call to GPTConfig in
-#   train(). Then look whether `parameters`, in the first lines of a run, is what it should be.
+#   train(). Then check whether `parameters`, in the first lines of a run, is what it should be.
 # - init_weight goes by name. In a layer of your own, call matrices and gains `weight` and biases
 #   `bias`. (An array with a single axis called `weight` begins as ones. So an nn.PReLU, a ReLU
 #   whose left half has a learned slope, would begin as a straight line. Give it a rule of its own.)
 #   is_decayed goes by name as well, and takes all matrices in `blocks`.
-# - For positions as rotations (RoPE), rotate q and k just before the cache. The position of the
-#   first of them is cache.offset, or 0 without a cache. Validation uses no cache, so a wrong offset
-#   spoils only what the model writes; the doctest of KVCache would tell.
-# - The model computes in float32, good for about seven digits (though some GPUs round them to three
-#   digits before they multiply, unless MLX_ENABLE_TF32=0 is set). The bfloat16 of large models has
-#   fewer than three: 1 + 0.001 is still 1. To compute in it, cast what comes out of the embeddings,
-#   and in each step a copy of the weights (a product with a float32 is float32 again). The weights
-#   that the optimizer changes must stay float32, or its small moves are lost. And in loss_fn, cast
-#   the logits back, or the losses that you see are rounded as well.
+# - For rotary positions (RoPE), rotate q and k just before the cache. The position of the first of
+#   them is cache.offset, or 0 without a cache. Validation uses no cache, so a wrong offset spoils
+#   only what the model writes; the doctest of KVCache would catch it.
+# - The model computes in float32, good for about seven digits (though some GPUs round numbers to
+#   three digits before they multiply them, unless MLX_ENABLE_TF32=0 is set). The bfloat16 of large
+#   models has fewer than three: 1 + 0.001 is still 1. To compute in it, cast what comes out of the
+#   embeddings, and in each step a copy of the weights (a product with a float32 is float32 again).
+#   The weights that the optimizer changes must stay float32, or its small moves are lost. And in
+#   loss_fn, cast the logits back, or the losses that you see are rounded as well.
 # - Some doctests describe GPT-2 with single characters. Once yours is another model, they may fail,
-#   and rightly.
+#   and rightly so.
 #
 # The text:
 #
 # - If your tokens are not characters, do not compare losses with ours: a loss is per token. A
-#   prompt should then end where a token ends, and under --look a bar stands for a token, not for a
+#   prompt should then end where a token ends, and with --look a bar stands for a token, not for a
 #   character.
 # - To train on several texts, split each of them, and join the parts. Otherwise the validation set
 #   is the end of the last text.
@@ -1438,12 +1440,12 @@ def one_line(text):
 # The training:
 #
 # - To try several values, write a script with `import train` (not `from train import train`), set
-#   train.lr and the names of the files (train.MODEL and so on, or each run replaces the files of
-#   the one before), and call train.train(), which returns the losses. Setting train.small comes too
-#   late: set the sizes.
+#   train.lr, and also the file names, train.MODEL and so on (otherwise each run replaces the files
+#   of the last one), and call train.train(), which returns the losses. Setting train.small comes
+#   too late: set the sizes.
 # - A loss_fn of your own must be a mean over rows, since on_two_cores, below, takes the mean of two
 #   halves.
-# - In mid-epoch, save with save_model, and to a file name of your own that ends in .safetensors,
+# - In mid-epoch, save with save_model, under a file name of your own that ends in .safetensors,
 #   since save_epoch moves and overwrites MODEL. Add nothing to `history`, which has one entry for
 #   each epoch. show_line and report set the random seed. With dropout, if you call them again and
 #   again, call mx.random.seed(progress.step) after them, or dropout strikes the same places each
@@ -1454,8 +1456,8 @@ def one_line(text):
 #   step, call loss_and_grad on equal parts of the rows, add up the trees of gradients in `total`,
 #   with mlx.utils.tree_map(mx.add, total, grads), and divide by the number of parts, all before
 #   average_gradients, and likewise with the losses. As MLX is lazy, it may still compute all parts
-#   at once. So give the next part x = mx.depends([x], [g for _, g in tree_flatten(total)])[0],
-#   which is x, but only after `total` has been computed. And give evaluate smaller batches.
+#   at once. So for the next part, set x = mx.depends([x], [g for _, g in tree_flatten(total)])[0],
+#   which is the same x, but available only after `total`. And give evaluate smaller batches.
 
 
 AT_LEAST_1 = ["ctx_len", "n_emb", "n_heads", "n_layers", "num_epochs", "batch_size",
@@ -1464,7 +1466,7 @@ SAMPLING = ["max_new_tokens", "temperature", "top_k"]  # those that only matter 
 
 
 def check_settings(names):
-    """Raises UserError if one of these settings is too low, or n_emb no multiple of n_heads.
+    """Raises UserError if one of these settings is too low, or if n_emb is no multiple of n_heads.
 
     names is SETTINGS, or, where a saved model only writes, SAMPLING, since it has sizes of its own.
     (Some other mistakes, such as dropout = 1, are reported by MLX or Python.)
@@ -1479,8 +1481,8 @@ def check_settings(names):
 
 
 def collect_settings(text, model):
-    """What identifies a run: all settings, the number of parameters (by which some edits of the
-    model are noticed, and others not), and, under "input.txt", a checksum of the text."""
+    """What identifies a run: all settings, the number of parameters (which gives away some edits to
+    the model, but not all), and, under "input.txt", a checksum of the text."""
     settings = {name: globals()[name] for name in SETTINGS}
     return {**settings, "parameters": count_parameters(model),
             "input.txt": f"{zlib.crc32(text.encode()):08x}"}
@@ -1575,8 +1577,8 @@ class Progress:
         self.first_step = step + 1  # MLX compiles during this step, so the clock starts after it
 
     def update(self, loss):
-        """Counts a step, whose loss is a scalar array. Once a second, also checks and prints it.
-        Raises UserError if it is nan or infinite."""
+        """Counts a step. Once a second, also checks and prints its loss, a scalar array. Raises
+        UserError if the loss is nan or infinite."""
         self.step += 1
         now = time.perf_counter()  # seconds
         if self.step == self.first_step:
@@ -1602,9 +1604,9 @@ def check_finite(loss):
                         f"for a mistake in your last edit")
 
 
-# Weights are written to a file in a temporary folder, and when the file is whole, it moves to its
-# place. So there is never half a file under one of these names, even if a run is killed while it
-# saves, or two runs save at the same time.
+# Weights are written to a file in a temporary folder, and when the file is complete, it is moved
+# into place. So half a file never stands under one of these names, even if a run is killed while
+# saving, or two runs save at once.
 
 MODEL = "model.safetensors"  # the best weights of this run
 PREVIOUS = "previous.safetensors"  # what MODEL was before this run
@@ -1618,7 +1620,8 @@ def save_epoch(model, optimizer, tokenizer, settings, history):
 
     A new run first removes the old checkpoint, so that it never stands beside the new model.
     (Before its first save, --resume still goes on with the old run.) The new checkpoint comes last:
-    if the run is killed before that, --resume repeats the epoch or, if it was the first, finds none.
+    if the run is killed before that, --resume repeats the epoch or, if it was the first, finds
+    none.
     """
     if all_machines().rank() > 0:  # only the first machine writes files
         return
@@ -1641,8 +1644,8 @@ def save(path, tree, notes):
     """
     path = Path(path).resolve()
     arrays = dict(tree_flatten(tree))
-    # The temporary folder is beside the file, on the same disk, so that moving the file from one to
-    # the other means only renaming it.
+    # The temporary folder is beside the final file, on the same disk, so moving the file out of it
+    # is only a renaming.
     with tempfile.TemporaryDirectory(prefix="unfinished-", dir=path.parent) as folder:
         unfinished = os.path.join(folder, path.name)
         try:
@@ -1680,7 +1683,7 @@ def load_model(path):
 
 
 def finish(settings, history):
-    """Logs the run, writes a text with the best weights, and compares with the run before."""
+    """Logs the run, writes a text with the best weights, and compares with an earlier run."""
     if all_machines().rank() > 0:
         return
     best = min(epoch["val"] for epoch in history)
@@ -1714,8 +1717,8 @@ def last_run_on(checksum):
 
 
 def on_two_cores(one_core_loss):
-    """The same loss function, which must be a mean over rows, but with half of the rows of each
-    batch on a second CPU core.
+    """The loss function that is given, which must be a mean over rows, but with half of the rows of
+    each batch computed on a second CPU core.
 
     MLX puts operations into a queue, called a stream, and on a CPU each stream has a thread that
     computes them. So all it takes is a second stream. Operations made under mx.stream(...) go
@@ -1756,7 +1759,7 @@ def main():
     options.add_argument("--resume", action="store_true", help="go on with an interrupted run")
     in_notebook = "kernel_launcher" in sys.argv[0]  # of Jupyter, where sys.argv is not for us
     arguments = parser.parse_args([] if in_notebook else None)
-    if hasattr(sys.stdout, "reconfigure"):  # which, for example, the stdout of a notebook lacks
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's stdout, for example, has none
         sys.stdout.reconfigure(errors="replace")  # a terminal may lack some of our characters
     if all_machines().rank() > 0:  # only the first machine prints
         sys.stdout = None  # then print() does nothing
@@ -1770,7 +1773,7 @@ def main():
         print(end="", flush=True)  # sends what print still holds back: see BrokenPipeError
     except KeyboardInterrupt:  # Ctrl-C, perhaps in the middle of a line
         sys.exit("\ntrain.py: stopped")
-    except BrokenPipeError:  # an OSError, but no one reads on, as after: train.py --sample | head
+    except BrokenPipeError:  # no one is reading anymore, as after: train.py --sample | head
         sys.stdout = None  # or Python would try to send the rest at exit, and complain
         sys.exit(1)
     except UnicodeDecodeError as error:
