@@ -1113,9 +1113,10 @@ def make_optimizer(total_steps):
     def is_decayed(name, weight):
         return name.startswith("blocks") and weight.ndim == 2
 
-    # bias_correction: m and v both start at 0, but m catches up sooner. From the second step on,
-    # for a while, m / sqrt(v) would be up to 2.1 times as large as it should be. This scales both
-    # of them up to what they should be. (It has nothing to do with the biases of a layer.)
+    # bias_correction: m and v both start at 0, but m catches up sooner. In the first step they fall
+    # short alike, but from the second on, for a while, m / sqrt(v) would be up to 2.1 times as
+    # large as it should be. This scales both of them up to what they should be. (It has nothing to
+    # do with the biases of a layer.)
     betas = [beta1, beta2]
     decayed = optim.AdamW(learning_rate, betas, weight_decay=weight_decay, bias_correction=True)
     others = optim.AdamW(learning_rate, betas, weight_decay=0.0, bias_correction=True)
@@ -1149,13 +1150,13 @@ def make_optimizer(total_steps):
 #
 # While you experiment inside step, end make_step with a plain `return step`. Then step is ordinary
 # Python again. If a compiled step fails while MLX records it, the parameters may be left as mere
-# placeholders, without numbers. That model is lost; make a new one, as train() does.
+# placeholders, without numbers. That model is lost; make a new one, as each call of train() does.
 #
 # And if you have several Macs? They can train one model together. mlx.launch starts this program on
 # each of them (see the README), each finds the gradient for its own rows of a batch, and the mean
 # of these gradients is the gradient of the whole batch. This is called *data parallelism*. As all
 # machines begin with the same weights and make the same moves, their models stay the same. In
-# make_step, the lines with `world` and `mine` do it. On a single Mac, they change nothing.
+# make_step, the lines with `machines` and `mine` do it. On a single Mac, they change nothing.
 
 
 def all_machines():
@@ -1170,20 +1171,21 @@ def make_step(model, optimizer):
     """Returns a function step(x, y), which trains the model on a batch and returns its loss (the
     loss of this machine's rows, if there are several machines)."""
     loss_and_grad = nn.value_and_grad(model, loss_fn)  # or with a loss of your own
-    world = all_machines()
-    mine = slice(world.rank(), None, world.size())  # this machine's share: x[mine] is x[rank::size]
+    machines = all_machines()
+    mine = slice(machines.rank(), None, machines.size())  # this one's share: x[rank::size]
 
     def step(x, y):
         loss, grads = loss_and_grad(model, x[mine], y[mine])
-        grads = nn.average_gradients(grads, world)
+        grads = nn.average_gradients(grads, machines)
         # *Gradient clipping*: if the gradient as a whole is longer than max_norm, it is scaled down
         # to that length. Otherwise a single odd batch could dominate m and v for many steps.
         grads, _ = optim.clip_grad_norm(grads, max_norm)
         optimizer.update(model, grads)
         return loss
 
-    # All arrays that step reads or changes, apart from x and y. In each call, the compiled step
-    # takes the current values from here, and puts the new ones back.
+    # All arrays that step reads or changes, apart from x and y. (These are dicts and a list, and
+    # those of model.state hold the parameters.) In each call, the compiled step takes the current
+    # values from them, and puts the new ones into them.
     state = [model.state, optimizer.state, mx.random.state]
     return mx.compile(step, inputs=state, outputs=state)
 
@@ -1245,7 +1247,7 @@ def train(resume=False):
     train_tokens, val_tokens = split(np.array(tokenizer.encode(text), dtype=np.int32))
     train_part = train_tokens[: len(val_tokens)]  # to save time, we report the loss on this part
     steps_per_epoch = count_batches(train_tokens, ctx_len, batch_size)
-    if steps_per_epoch < 1 or len(val_tokens) <= ctx_len:
+    if steps_per_epoch < 1 or len(val_tokens) <= ctx_len:  # less than a row and one more target
         raise UserError("input.txt holds too little: add text, or lower ctx_len or batch_size")
     total_steps = num_epochs * steps_per_epoch
 
@@ -1253,7 +1255,7 @@ def train(resume=False):
     model = GPT(GPTConfig(vocab_size=len(tokenizer.vocab), ctx_len=ctx_len, n_emb=n_emb,
                           n_heads=n_heads, n_layers=n_layers, dropout=dropout))
     optimizer = make_optimizer(total_steps)
-    optimizer.init(model.trainable_parameters())  # creates m and v
+    optimizer.init(model.trainable_parameters())  # creates m and v, for resume_run and make_step
     settings = collect_settings(text, model)
     history = []  # for each epoch, its losses, and how many minutes it took
     if resume:
@@ -1273,7 +1275,8 @@ def train(resume=False):
         model.train()  # dropout on
         for x, y in get_batches(train_tokens, ctx_len, batch_size, rng):
             loss = step(x, y)
-            mx.async_eval(loss, model.state, optimizer.state)  # start computing, and do not wait
+            # Start computing, and do not wait. (For the loss alone, no update would be needed.)
+            mx.async_eval(loss, model.state, optimizer.state)
             progress.update(loss)
             if progress.step == 500:  # an early look; for more such looks, see section 12
                 show_line(model, tokenizer)
@@ -1409,11 +1412,12 @@ def one_line(text):
 #
 # The model:
 #
-# - A new size must be added in three places: the settings, GPTConfig (last, and with a default that
-#   leaves the model as it was, so that older files still load), and the call to GPTConfig in
-#   train(). Then check whether `parameters`, in the first lines of a run, is what it should be.
+# - A new size must be added in three places: the settings, GPTConfig (as its last field, with a
+#   default that leaves the model as it was, so that older files still load), and the call to
+#   GPTConfig in train(). Then check whether `parameters`, in the first lines of a run, is what it
+#   should be.
 # - init_weight goes by name. In a layer of your own, call matrices and gains `weight` and biases
-#   `bias`. (An array with a single axis called `weight` begins as ones. So an nn.PReLU, a ReLU
+#   `bias`. (An array called `weight` that has a single axis begins as ones. So an nn.PReLU, a ReLU
 #   whose left half has a learned slope, would begin as a straight line. Give it a rule of its own.)
 #   is_decayed goes by name as well, and takes all matrices in `blocks`.
 # - For rotary positions (RoPE), rotate q and k just before the cache. The position of the first of
@@ -1421,10 +1425,10 @@ def one_line(text):
 #   only what the model writes; the doctest of KVCache would catch it.
 # - The model computes in float32, good for about seven digits (though some GPUs round numbers to
 #   three digits before they multiply them, unless MLX_ENABLE_TF32=0 is set). The bfloat16 of large
-#   models has fewer than three: 1 + 0.001 is still 1. To compute in it, cast what comes out of the
-#   embeddings, and in each step a copy of the weights (a product with a float32 is float32 again).
-#   The weights that the optimizer changes must stay float32, or its small moves are lost. And in
-#   loss_fn, cast the logits back, or the losses that you see are rounded as well.
+#   models has not even three digits: 1 + 0.001 is still 1. To compute in it, cast what comes out of
+#   the embeddings, and in each step a copy of all weights, because a product with a float32 is
+#   float32 again. The weights that the optimizer changes must stay float32, or its small moves are
+#   lost. And in loss_fn, cast the logits back, or the losses that you see are rounded as well.
 # - Some doctests describe GPT-2 with single characters. Once yours is another model, they may fail,
 #   and rightly so.
 #
@@ -1447,17 +1451,18 @@ def one_line(text):
 #   halves.
 # - In mid-epoch, save with save_model, under a file name of your own that ends in .safetensors,
 #   since save_epoch moves and overwrites MODEL. Add nothing to `history`, which has one entry for
-#   each epoch. show_line and report set the random seed. With dropout, if you call them again and
-#   again, call mx.random.seed(progress.step) after them, or dropout strikes the same places each
+#   each epoch. show_line and report set the random seed. So with dropout, call
+#   mx.random.seed(progress.step) after each of these calls, or dropout strikes the same places each
 #   time.
 # - optim.Muon, the optimizer of the README's last step, adds its weight decay to the gradient,
 #   where it does harm, so set it to 0.
 # - For batches that do not fit into memory, find the gradient in parts (gradient accumulation). In
 #   step, call loss_and_grad on equal parts of the rows, add up the trees of gradients in `total`,
 #   with mlx.utils.tree_map(mx.add, total, grads), and divide by the number of parts, all before
-#   average_gradients, and likewise with the losses. As MLX is lazy, it may still compute all parts
-#   at once. So for the next part, set x = mx.depends([x], [g for _, g in tree_flatten(total)])[0],
-#   which is the same x, but available only after `total`. And give evaluate smaller batches.
+#   average_gradients, and likewise with the losses. As MLX is lazy, nothing tells it to finish one
+#   part before it begins the next, and then little memory is saved. So make each part depend on the
+#   sum so far: x = mx.depends([x], [g for _, g in tree_flatten(total)])[0] is the same x, but
+#   available only after `total`. And give evaluate smaller batches.
 
 
 AT_LEAST_1 = ["ctx_len", "n_emb", "n_heads", "n_layers", "num_epochs", "batch_size",
@@ -1468,7 +1473,8 @@ SAMPLING = ["max_new_tokens", "temperature", "top_k"]  # those that only matter 
 def check_settings(names):
     """Raises UserError if one of these settings is too low, or if n_emb is no multiple of n_heads.
 
-    names is SETTINGS, or, where a saved model only writes, SAMPLING, since it has sizes of its own.
+    names is SETTINGS for training, and SAMPLING for --sample and --look, where the sizes are those
+    of the saved model.
     (Some other mistakes, such as dropout = 1, are reported by MLX or Python.)
     """
     for name in names:
@@ -1491,10 +1497,10 @@ def collect_settings(text, model):
 def resume_run(model, optimizer, settings):
     """Restores model and optimizer from CHECKPOINT. Returns the history of that run.
 
-    Raises UserError if the checkpoint is not from this run, or the run is finished.
+    Raises UserError if that run had other settings or another text, or is finished.
     """
-    saved, notes = load(CHECKPOINT)
-    # A file by save_model has no settings. Then all of them count as changed.
+    saved, notes = load(CHECKPOINT)  # as save_epoch has written them
+    # If a file by save_model was copied here, it has no settings, and all count as changed.
     changed = changes(notes.get("settings", {}), settings, except_for=["num_epochs", *SAMPLING])
     if changed:
         raise UserError(f"changed since that run: {', '.join(changed)}. Undo this, or start over")
@@ -1503,8 +1509,8 @@ def resume_run(model, optimizer, settings):
         raise UserError("that run is finished: raise num_epochs to keep training")
     if shapes(saved) != shapes({"model": model.parameters(), "optimizer": optimizer.state}):
         raise UserError(f"{CHECKPOINT} does not match train.py: undo edits, or start over")
-    model.update(saved["model"])
-    optimizer.state = saved["optimizer"]  # a new dict: make_step must find this one
+    model.update(saved["model"])  # which would accept other shapes as well
+    optimizer.state = saved["optimizer"]  # a new dict, so call make_step only after this
     print(f"Resuming after epoch {len(history) - 1}, val = {history[-1]['val']:.4f}")
     return history
 
@@ -1515,7 +1521,8 @@ def shapes(tree):
 
 
 def changes(old, new, except_for=()):
-    """The differences between two dicts of settings, in words. A name may be in only one of them.
+    """The differences between two dicts of settings, in words. A name that one of them lacks is
+    None there.
 
     >>> changes({"lr": 0.01, "seed": 0}, {"lr": 0.001, "seed": 0})
     ['lr 0.01 to 0.001']
@@ -1524,14 +1531,15 @@ def changes(old, new, except_for=()):
             if old.get(name) != new.get(name) and name not in except_for]
 
 
-def check_machines_agree(shared):
-    """Raises UserError if the machines differ in `shared`, which is [settings, history], or cannot
-    share the rows of a batch equally.
+def check_machines_agree(plan):
+    """Raises UserError if the machines differ in their plans, [settings, history], or cannot share
+    the rows of a batch equally.
 
-    The histories differ if the checkpoint was not copied to all machines before --resume. And the
-    parts must be equal because the mean of the means of unequal parts is not the mean of all rows.
+    The histories differ if a machine has an older checkpoint, since only the first machine writes
+    any. And the parts of a batch must be equal because the mean of the means of unequal parts is
+    not the mean of all rows.
     """
-    checksum = mx.array([zlib.crc32(json.dumps(shared).encode())], dtype=mx.uint32)  # (1,)
+    checksum = mx.array([zlib.crc32(json.dumps(plan).encode())], dtype=mx.uint32)  # (1,)
     checksums = mx.distributed.all_gather(checksum, group=all_machines())  # (machines,)
     if mx.any(checksums != checksum):
         raise UserError("the machines differ in input.txt, in their settings, or in a checkpoint")
@@ -1556,7 +1564,7 @@ def report(title, train_loss, val_loss, model, tokenizer):
     model in eval mode."""
     perplexity = mx.exp(val_loss).item()  # math.exp would raise an error for exp(1000); this is inf
     losses = f"{title} | train = {train_loss:.4f} | val = {val_loss:.4f}"
-    print(f"{losses} | perplexity {perplexity:.3g}".ljust(WIDTH))  # spaces, to overwrite Progress
+    print(f"{losses} | perplexity {perplexity:.3g}".ljust(WIDTH))  # covers the line of Progress
     show_line(model, tokenizer)
     if sees_the_future(model):
         print(" " * 10 + "Warning: this model sees the future, so its losses mean nothing.")
@@ -1618,10 +1626,10 @@ COMPLETIONS = "completions.txt"  # the text written at the end of a run
 def save_epoch(model, optimizer, tokenizer, settings, history):
     """Saves the model, if it is the best so far, and then the checkpoint.
 
-    A new run first removes the old checkpoint, so that it never stands beside the new model.
-    (Before its first save, --resume still goes on with the old run.) The new checkpoint comes last:
-    if the run is killed before that, --resume repeats the epoch or, if it was the first, finds
-    none.
+    At its first save, a new run removes the old checkpoint before it touches MODEL. Otherwise, if
+    it were killed in between, --resume would go on with the old run, whose best weights were no
+    longer in MODEL. The new checkpoint comes last: if the run is killed before that, --resume
+    repeats the epoch or, if it was the first, finds no checkpoint.
     """
     if all_machines().rank() > 0:  # only the first machine writes files
         return
@@ -1698,33 +1706,35 @@ def finish(settings, history):
     Path(COMPLETIONS).write_text(text, encoding="utf-8", newline="\n")  # on Windows as well
     print(f"\nThe best weights, in {MODEL}, have a validation loss of {best:.4f}. "
           f"Trained in {minutes:.1f} minutes ({device}, MLX {mx.__version__}).")
-    last = last_run_on(settings["input.txt"])
-    if last is not None:
-        changed = ", ".join(changes(last["settings"], settings)) or "no settings"
-        print(f"The last run on this text had {last['best_val']:.4f}. Changed since: {changed}.")
+    before = previous_run_on(settings["input.txt"])  # the checksum of the text
+    if before is not None:
+        changed = ", ".join(changes(before["settings"], settings)) or "no settings"
+        print(f"The last run on this text had {before['best_val']:.4f}. Changed since: {changed}.")
 
 
-def last_run_on(checksum):
+def previous_run_on(checksum):
     """The last run in RUN_LOG before this one, on a text with this checksum, or None."""
-    last = None
+    before = None
     # All lines but the last one, which is this run.
     for line in Path(RUN_LOG).read_text(encoding="utf-8", errors="replace").splitlines()[:-1]:
         with contextlib.suppress(ValueError, KeyError, TypeError):  # skips what is not such a line
             run = json.loads(line)
             if run["settings"]["input.txt"] == checksum:
-                last = run
-    return last
+                before = run
+    return before
 
 
 def on_two_cores(one_core_loss):
-    """The loss function that is given, which must be a mean over rows, but with half of the rows of
-    each batch computed on a second CPU core.
+    """Returns a function that computes the same loss, but half of the rows of each batch on a
+    second CPU core. The loss must be a mean over rows.
 
     MLX puts operations into a queue, called a stream, and on a CPU each stream has a thread that
     computes them. So all it takes is a second stream. Operations made under mx.stream(...) go
     there, and so does what belongs to them in the backward pass. The sum at the end waits for both.
-    (It is thread-local so that train() also works in another thread than the one that imported this
-    file. A stream by mx.new_stream would not.)
+
+    Thread-local means that each Python thread which uses second_stream gets a stream of its own. A
+    stream by mx.new_stream can only be used in the thread that made it, which here is the one that
+    imports this file. Then train() would fail in all others.
     """
     second_stream = mx.new_thread_local_stream(mx.cpu)
 
@@ -1757,8 +1767,8 @@ def main():
     options.add_argument("--look", metavar="TEXT",
                          help="show what the trained model attends to and what it predicts next")
     options.add_argument("--resume", action="store_true", help="go on with an interrupted run")
-    in_notebook = "kernel_launcher" in sys.argv[0]  # of Jupyter, where sys.argv is not for us
-    arguments = parser.parse_args([] if in_notebook else None)
+    in_notebook = "kernel_launcher" in sys.argv[0]  # Jupyter's, for which sys.argv is meant then
+    arguments = parser.parse_args([] if in_notebook else None)  # None: sys.argv
     if hasattr(sys.stdout, "reconfigure"):  # a notebook's stdout, for example, has none
         sys.stdout.reconfigure(errors="replace")  # a terminal may lack some of our characters
     if all_machines().rank() > 0:  # only the first machine prints
@@ -1770,11 +1780,12 @@ def main():
             look(*load_model_for(arguments.look), arguments.look)
         else:
             train(arguments.resume)
-        print(end="", flush=True)  # sends what print still holds back: see BrokenPipeError
+        # Send now what print still holds back, while a BrokenPipeError can be caught.
+        print(end="", flush=True)
     except KeyboardInterrupt:  # Ctrl-C, perhaps in the middle of a line
         sys.exit("\ntrain.py: stopped")
     except BrokenPipeError:  # no one is reading anymore, as after: train.py --sample | head
-        sys.stdout = None  # or Python would try to send the rest at exit, and complain
+        sys.stdout = None  # otherwise Python would try to send the rest at exit, and complain
         sys.exit(1)
     except UnicodeDecodeError as error:
         sys.exit(f"train.py: input.txt is not UTF-8: {error}")
