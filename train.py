@@ -17,8 +17,8 @@ writes:
 Four minutes ago it could not tell a vowel from a dollar sign. A Mac's GPU gets a larger model,
 which takes longer, learns to spell, and even keeps to the meter now and then.
 
-What happens in between is not magic, and all of the model is in this file. GPT stands for
-generative pre-trained transformer. A *transformer* is one kind of *neural network*, that is, a
+What happens in those four minutes is not magic, and all of the model is in this file. GPT stands
+for generative pre-trained transformer. A *transformer* is one kind of *neural network*, that is, a
 function with a great many adjustable numbers. Nearly all of them start out random, and what the
 untrained model writes looks it. We will build this function piece by piece, have it guess its way
 through a real text, and after each guess nudge every number in the direction that would have made
@@ -118,10 +118,10 @@ SETTINGS = [name for name, value in globals().items()
 # Tiny Shakespeare, but the rest is another text, so losses on the two cannot be compared.)
 #
 # How will we know whether the model has learned something about the language? If it has read a line
-# a thousand times, being able to recite it proves nothing. So it learns from only the first nine
-# tenths of the text, the *training set*. The last tenth, the *validation set*, is held out, and
-# there we test it. A model that does well on what it has read, and badly on what it has not, has
-# merely memorized, which is called *overfitting*.
+# a thousand times, being able to recite it proves nothing. So it learns from only the first
+# nine-tenths of the text, the *training set*. The last tenth, the *validation set*, is held out,
+# and there we test it. A model that does well on what it has read, and badly on what it has not,
+# has merely memorized, which is called *overfitting*.
 
 
 def load_text(path="input.txt"):
@@ -131,7 +131,7 @@ def load_text(path="input.txt"):
 
 
 def split(text):
-    """The first nine tenths of a text, and the last tenth. Works on arrays as well.
+    """The first nine-tenths of a text, and the last tenth. Works on arrays as well.
 
     >>> split("abcdefghij")
     ('abcdefghi', 'j')
@@ -283,7 +283,7 @@ def count_batches(tokens, ctx_len, batch_size):
 # *n-gram model*, which has no neurons at all. It counts, in the training set, how often each
 # character followed each string of n - 1 characters. If "th" was followed by "e" 60 times out of
 # 100, then "e" gets about 0.6 after "th". Such a model is hard to beat, but it has a hole. A
-# character that was never seen there would get p = 0 and an infinite loss. So smoothing (there are
+# character that never followed "th" would get p = 0 and an infinite loss. So smoothing (there are
 # many ways; ours is modified Kneser-Ney) takes a little probability from the characters that were
 # seen, and shares it among all, in the proportions that a shorter string suggests. On the shipped
 # text:
@@ -303,14 +303,14 @@ def loss_fn(model, x, y):
 
 # To learn is to change the parameters so that the loss falls. How do we know which way to change
 # them? Let us find out with a model so small that we can watch every move. It has one parameter, w,
-# and its language has two letters: three letters out of four are "a", and the rest are "b". The
-# logit of "a" is w, and that of "b" is always 0. As exp(0) = 1, softmax gives "a" the probability
-# p = exp(w) / (exp(w) + 1), and "b" gets 1 - p. So in three cases out of four the loss is -ln p, in
-# the others it is -ln(1 - p), and this is its mean:
+# and its alphabet is "a" and "b". In its language, three letters out of four are "a", and the rest
+# are "b". The logit of "a" is w, and that of "b" is always 0. As exp(0) = 1, softmax gives "a" the
+# probability p = exp(w) / (exp(w) + 1), and "b" gets 1 - p. So in three cases out of four the loss
+# is -ln p, in the others it is -ln(1 - p), and this is its mean:
 
 
 def toy_loss(w):
-    """The loss of a model with one parameter, a scalar array.
+    """The loss, a scalar array, of a model with one parameter.
 
     Should w go up or down? Nudge it, and see what the loss does. (.item() is the number in an
     array.)
@@ -358,10 +358,10 @@ def toy_loss(w):
 #
 # A real model has a great many parameters, and a slope, or partial derivative, for each. All the
 # slopes together, in one long list, are the *gradient*. If we nudged one parameter at a time, a
-# single step of the default model would have to run it some 600,000 times. *Backpropagation* gets
-# the whole gradient for the price of about three: one run forward, and one backward that costs as
-# much as two. It rests on the *chain rule*: if one number depends on another, and that on a third,
-# the slopes multiply.
+# single training step would mean running the default model some 600,000 times. *Backpropagation*
+# gets the whole gradient for the price of about three runs: one forward, and one backward that
+# costs as much as two. It rests on the *chain rule*: if one number depends on another, and that on
+# a third, the slopes multiply.
 #
 #         slope 3       slope -2
 #     w ----------> z ----------> loss          slope of the loss with respect to w: 3 * -2 = -6
@@ -435,8 +435,8 @@ class GPTConfig:
 def causal_mask(T, S):
     """(T, S) booleans: whether position j comes after position i, and must be hidden from it.
 
-    T positions ask, and S positions answer. Until section 9 they are the same ones, so T = S.
-    There, the T that ask are the last of the S.
+    T positions ask, and S positions answer. Until section 9 they are the same positions, so T = S.
+    In section 9, those that ask are the last T of the S.
 
     >>> print(np.array(causal_mask(3, 3)))
     [[False  True  True]
@@ -472,8 +472,8 @@ def causal_mask(T, S):
 #     *value*    what I pass on to those who find me
 #
 # All three are lists of head_size numbers (8 of them in our small model; we will soon see why).
-# They are made from the vector of the position, each by its own *matrix* of parameters.  A matrix
-# is a table of numbers. Multiply a vector x by a matrix M, x @ M, and you get a new vector: the dot
+# They are made from the vector of the position, each by its own *matrix* of parameters. A matrix is
+# a table of numbers. Multiply a vector x by a matrix M, x @ M, and you get a new vector: the dot
 # products of x with the columns of M.
 #
 #     x = (1, 2)      M = 3  0      x @ M = (1 * 3 + 2 * 4, 1 * 0 + 2 * 5) = (11, 10)
@@ -549,28 +549,30 @@ def attention_weights(q, k):
 # The larger the head, the closer the winner comes to taking everything: softmax saturates. Out at
 # 1.000, nudging a score changes next to nothing, so there is hardly a slope to follow, and queries
 # and keys stop learning. If we divide by the root, the winner gets 0.731, whatever the size. Does a
-# model as small as ours need it? Make a guess, and then see the experiment in the README.
+# model as small as ours need this division? Make a guess, and then see the experiment in the
+# README.
 #
 # What we have now is one attention *head*. At each position it forms one average, so it can look
 # for one thing at a time: the letter before this one, perhaps, or where the word began, or who is
-# speaking. A good guess needs all three. So we let n_heads of them work side by side, each with its
-# own queries, keys, and values of head_size = n_emb / n_heads numbers (in the small model
-# 56 / 7 = 8), and join what they find into n_emb numbers again. What the heads of a trained model
-# really look for, we will see in section 11.
+# speaking. A good guess needs all three. So we let several heads, n_heads of them, work side by
+# side, each with its own queries, keys, and values of head_size = n_emb / n_heads numbers (in the
+# small model 56 / 7 = 8), and join what they find into n_emb numbers again. What the heads of a
+# trained model really look for, we will see in section 11.
 #
-# In MLX, each kind of part is a class derived from nn.Module, and each part an object of it.
-# Calling the object runs its __call__ method. One thing to know before you write your own: a Module
-# treats every array that you assign to an attribute as a parameter, and trains it. If it is a
-# constant, such as a mask or a table of sines, let its name begin with an underscore.
+# In MLX, each kind of part is a class derived from nn.Module, and each part is an object of that
+# class. Calling the object runs its __call__ method. One thing to know before you write your own: a
+# Module treats every array that you assign to an attribute as a parameter, and trains it. If it is
+# a constant, such as a mask or a table of sines, let its name begin with an underscore.
 
 
 class MultiHeadAttention(nn.Module):
     """Causal multi-head self-attention: (B, T, n_emb) to (B, T, n_emb).
 
-    Self, because queries, keys, and values all come from the same text. The query matrices of all
-    heads stand side by side in one large matrix, which computes all queries at once. They are then
-    split by head, and so are keys and values. The @ operator works on the last two axes of an
-    array, and repeats this for all axes before them, so heads must come before positions:
+    It is called *self*-attention because queries, keys, and values all come from the same text. The
+    query matrices of all heads stand side by side in one large matrix, which computes all queries
+    at once. They are then split by head, and so are keys and values. The @ operator works on the
+    last two axes of an array, and repeats this for all axes before them, so heads must come before
+    positions:
 
         (B, n_heads, T, head_size) @ (B, n_heads, head_size, T) = (B, n_heads, T, T)
 
@@ -592,8 +594,8 @@ class MultiHeadAttention(nn.Module):
         self.v_proj = nn.Linear(config.n_emb, config.n_emb)
         self.c_proj = nn.Linear(config.n_emb, config.n_emb)  # mixes what the heads have found
         # *Dropout* sets a fraction of its input, chosen at random, to 0, and scales up the rest to
-        # make up for it. It sounds like sabotage, and it is. As no part can rely on any single
-        # number, memorizing becomes hard. Such measures against overfitting are called
+        # make up for it. It sounds like sabotage, and it is. But since no part can now rely on any
+        # single number, memorizing becomes hard. Such measures against overfitting are called
         # *regularization*. (On Tiny Shakespeare, our default model did just as well with more
         # weight decay and no dropout, so in the settings above dropout is 0.) Dropout acts only in
         # training: model.train() turns it on, and model.eval() off.
@@ -643,13 +645,13 @@ class MultiHeadAttention(nn.Module):
 # Attention lets the positions talk to one another, but it can only average what they say. At the
 # end of "What is the cou", the "u" has heard of a "c" and an "o" and a space before them. It takes
 # more to conclude that a word has begun with "cou", so that an "l" or an "n" or an "r" is due. That
-# is the job of the *MLP* (multilayer perceptron, also called feed-forward network). It works on
+# is the job of the *MLP* (multilayer perceptron, also called a feed-forward network). It works on
 # each position by itself. It has two *linear layers* (each a matrix and its biases, as in
 # nn.Linear), and between them lie 4 * n_emb numbers, the *hidden layer*.
 #
 # A linear layer can only add up evidence. It cannot say "a c counts only if a space comes before
 # it". Nor could two of them alone, because (x @ M) @ N is x @ (M @ N), and M @ N is just another
-# matrix. Something must go in between whose graph is not a straight line: a *nonlinearity*, or
+# matrix. Something whose graph is not a straight line must go between them: a *nonlinearity*, or
 # activation function. The simplest is *ReLU*, max(0, x). If c and s are each 0 or 1, then max(0,
 # c + s - 1) is 1 only if both are: a corner in the graph is enough to say "and". GPT-2 uses *GELU*,
 # which is much the same, but with the corner rounded off. It is x times the probability that a
@@ -736,14 +738,14 @@ class Block(nn.Module):
 # n_emb numbers for each token, and looks the row up. The rows start out random and are learned like
 # everything else, and characters that behave alike end up with similar rows.
 #
-# But the vector must say where the character stands as well. A weighted average knows no order: in
-# the first attention layer, the "a" of "tea" and the "a" of "eta" would get the same average, over
-# an e, a t, and an a. So there is a second table, the *position embedding* wpe, with a row for each
-# position, and the two rows are added. Why add them, rather than put them side by side? Because
-# vectors this long have room for both. If what is said about the character points in one direction,
-# say (5, 0), and what is said about the place in another, say (0, 3), then both can still be read
-# off their sum, (5, 3), and learning can see to it that the directions differ. And why can the
-# model not see more than ctx_len characters? Because wpe has no more rows.
+# But the vector must also say where the character stands. A weighted average knows no order: in the
+# first attention layer, the "a" of "tea" and the "a" of "eta" would get the same average, over an
+# "e", a "t", and an "a". So there is a second table, the *position embedding* wpe, with a row for
+# each position, and the two rows are added. Why add them, rather than put them side by side?
+# Because vectors this long have room for both. If what is said about the character points in one
+# direction, say (5, 0), and what is said about the place in another, say (0, 3), then both can
+# still be read off their sum, (5, 3), and learning can see to it that the directions differ. And
+# why can the model not see more than ctx_len characters? Because wpe has no more rows.
 #
 # At the other end, after the blocks and one last LayerNorm, ln_f, stands the *output head*, which
 # has nothing to do with attention heads. The logit of a token is the dot product of the vector with
@@ -760,9 +762,9 @@ class Block(nn.Module):
 # the V tokens the probability 1/V, and a loss of -ln(1/V) = ln V. That gives us a test: the first
 # loss must lie close to ln vocab_size. Usually it is a little higher. As the logits are not quite
 # equal, some tokens are preferred to others before anything has been learned, and as a rule that
-# costs more than it gains. If two tokens should get 1/2 each, and get 0.6 and 0.4, the mean of -ln
-# p is 0.714, and not ln 2 = 0.693. (A lucky model prefers tokens that are frequent, and starts a
-# little lower.) An honest beginner knows nothing, and says so.
+# costs more than it gains. Suppose two tokens are equally likely, and the model gives them 0.6 and
+# 0.4. Then the mean of -ln p is 0.714, and not ln 2 = 0.693. (A lucky model prefers tokens that are
+# frequent, and starts a little lower.) An honest beginner knows nothing, and says so.
 
 
 class GPT(nn.Module):
@@ -794,11 +796,11 @@ class GPT(nn.Module):
                              f"one, or, if it is a constant, begin its name with _")
         if weight.ndim == 1:  # the gains of LayerNorm
             return mx.ones_like(weight)
-        # std is the standard deviation, and 0.02 is GPT-2's. There, a layer that receives 768
+        # std is the standard deviation, and 0.02 is GPT-2's. In GPT-2, a layer that receives 768
         # numbers of size 1 gives out numbers of size 0.02 * sqrt(768) = 0.55. In our narrower
-        # models they begin smaller, and grow. (OpenAI's code has 0.01 for wpe. And a layer that
-        # multiplies two outputs, such as SwiGLU, needs 1 / sqrt(n_emb) here, or starts nearly
-        # dead.)
+        # models, what layers give out begins smaller, and grows. (OpenAI's code has 0.01 for wpe.
+        # And a layer that multiplies two outputs, such as SwiGLU, needs 1 / sqrt(n_emb) here, or
+        # starts nearly dead.)
         std = 0.02
         if name.endswith("c_proj.weight"):
             # Each block adds the outputs of two c_proj layers to the residual stream. A sum of N
@@ -864,7 +866,7 @@ def forward_pass(model, tokens):
 #     ln_f                                                       256
 #                                                            619,776
 #
-# So nearly all of them are in the blocks, and two thirds of a block is its MLP. The smallest GPT-2
+# So nearly all of them are in the blocks, and two-thirds of a block is its MLP. The smallest GPT-2
 # has n_emb = 768, 12 heads, 12 blocks, ctx_len = 1024, and 50,257 tokens: 124 million parameters.
 # It differs from ours only in size, tokens, and training, so OpenAI's weights can be loaded into
 # this very class. The README shows how.
@@ -883,8 +885,9 @@ def count_parameters(model):
 # You will want to change the model, and see whether the loss gets better. But what if it gets
 # wonderful? Forget the mask, or one transpose, and positions see the answers. The model is quick to
 # find out, and reports a loss that no honest one could reach. This function notices, and train()
-# will call it with each report. (It cannot notice targets that are shifted the wrong way, to the
-# token before. The model then has only to copy, and the small model's loss falls to 0.05.)
+# will call it with each report. (It cannot notice targets that are shifted the wrong way, so that
+# each is the token before. Then the model has only to copy, and the small model's loss falls to
+# 0.05.)
 
 
 def sees_the_future(model):
@@ -954,7 +957,7 @@ def sample(logits, temperature=1.0, top_k=None):
 # through the model. Its query meets the stored keys, so now there are T = 1 queries and S keys, and
 # the causal mask has a single row, which hides nothing. Why are queries not kept as well? Because
 # nobody will need them again: a query serves only its own position. What later positions want from
-# it is its key and its value in every block, and those are stored.
+# this one is its key and its value in every block, and those are stored.
 #
 #     what goes through the model     without a cache     with a cache
 #     first, the prompt "the cou"     t h e _ c o u       t h e _ c o u
@@ -1011,8 +1014,8 @@ def generate(model, tokens, max_new_tokens, temperature=1.0, top_k=None):
         window = window + [token]
         unread = [token]
         if len(window) > ctx_len:
-            # The window is full. The simple loop drops one token, so that all others move to new
-            # positions and have to be read again, for every new token. We drop half, and read again
+            # The window is full. For every new token, the simple loop drops the oldest, so that all
+            # others move to new positions and have to be read again. We drop half, and read again
             # only once in a while. The price: right afterward, the model remembers only half as
             # much.
             window = window[-max(1, ctx_len // 2) :]  # the newer half
@@ -1087,14 +1090,14 @@ def make_optimizer(total_steps):
         0        /          `-.
                  0  warmup     total_steps
 
-    Why does it rise? In the very first step, m is 0.1 * g and v is 0.01 * g * g, so m / sqrt(v) is
-    1 or -1, however small g is, and each parameter would move by the full lr on the word of a
-    single batch. During *warmup*, while m and v gather evidence, steps are kept short. And why does
-    it fall? Near the goal the batches quarrel, and every parameter keeps jumping around. Only a
-    lower rate lets it settle. The drawing is made of two straight lines, and at each step the lower
-    one counts. One rises to lr during warmup. The other falls from lr at step 0 to 0 at the end. So
-    they meet a little below lr, or, in a run of few steps, far below it; such a run needs a shorter
-    warmup.
+    Why does the rate rise at first? In the very first step, m is 0.1 * g and v is 0.01 * g * g, so
+    m / sqrt(v) is 1 or -1, however small g is, and each parameter would move by the full lr on the
+    word of a single batch. During *warmup*, while m and v gather evidence, steps are kept short.
+    And why does the rate fall? Near the goal the batches quarrel, and every parameter keeps jumping
+    around. Only a lower rate lets it settle. The drawing is made of two straight lines, and at each
+    step the lower one counts. One rises to lr during warmup. The other falls from lr at step 0 to 0
+    at the end. So they meet a little below lr, or, in a run of few steps, far below it; such a run
+    needs a shorter warmup.
     """
 
     # AdamW calls this with the number of the step, an mx.array, and wants an mx.array back. (Should
@@ -1115,8 +1118,8 @@ def make_optimizer(total_steps):
 
     # bias_correction: m and v both start at 0, but m catches up sooner. In the first step they fall
     # short alike, but from the second on, for a while, m / sqrt(v) would be up to 2.1 times as
-    # large as it should be. This scales both of them up to what they should be. (It has nothing to
-    # do with the biases of a layer.)
+    # large as it should be. The correction scales both of them up to their proper size. (It has
+    # nothing to do with the biases of a layer.)
     betas = [beta1, beta2]
     decayed = optim.AdamW(learning_rate, betas, weight_decay=weight_decay, bias_correction=True)
     others = optim.AdamW(learning_rate, betas, weight_decay=0.0, bias_correction=True)
@@ -1161,7 +1164,7 @@ def make_optimizer(total_steps):
 
 def all_machines():
     """The group of machines that train together, usually only this one. Its size() is how many
-    there are, and its rank() is the number of this one, from 0. (Each call returns the same.)"""
+    there are, and its rank() is the number of this one, from 0. It is the same in each call."""
     # A backend is a way to connect the machines. In a ring, each talks to the next. Left to choose,
     # MLX would start others as well, such as MPI, some versions of which then hang.
     return mx.distributed.init(backend="ring")
@@ -1212,8 +1215,8 @@ class UserError(Exception):
     """A mistake that you can fix, such as too short a text. main() shows it without a traceback."""
 
 
-# Here, then, is the best part of what a run of the small model prints: the losses, and under them
-# what the model writes at that point. One line, from step 500, comes without losses.
+# Here, then, is the most interesting part of what a run of the small model prints: the losses, and
+# under them what the model writes at that point. One line, from step 500, comes without losses.
 #
 #     Untrained | train = 4.1989 | val = 4.2001 | perplexity 66.7
 #               uQv$?Mz &zsLMx3led,qOyxSH'⏎WUkApi:ikizTyBrFNW'.kJXXZbQviZicmMrM'bzxII
@@ -1228,9 +1231,9 @@ class UserError(Exception):
 # Watch it learn. The first loss lies where it must, close to 4.17. After 500 steps it has found out
 # about spaces, vowels, and the length of words. After one epoch it has beaten n = 3, and knows that
 # in a play, a speech begins with a name, mostly in capitals, and a colon. In the end it is close to
-# n = 4. (How can the loss be lower on the text that it has not read, as it is after epoch 0? The
-# two texts come from different plays, and one may be a little easier.) Nobody has told it any of
-# this. All it ever got was the next character.
+# n = 4. (How can the loss, after epoch 0, be lower on the text that the model has not read? The two
+# texts come from different plays, and one may be a little easier.) Nobody has told it any of this.
+# All it ever got was the next character.
 #
 # And this is the run itself, from the file to the finished model. It calls some functions that you
 # have not met. Their names say what they do, and section 12 has them in much the same order.
@@ -1295,8 +1298,8 @@ def train(resume=False):
 
 # %% 11. Looking inside
 #
-# What has it learned, and where does it keep it? We can look. Here is the trained small model in
-# the middle of our word, drawn by the function below:
+# What has the model learned, and where does it keep what it knows? We can look. Here is the trained
+# small model in the middle of our word, drawn by the function below:
 #
 #     $ python train.py --look "What is the cou"
 #                       What is the cou
@@ -1320,9 +1323,9 @@ def train(resume=False):
 # the "u". In this word, heads 0, 2, 3, and 4 attend to the "c" before that, and head 1 to the space
 # before the "c". With the "u" itself, that makes " cou", and the model expects an "n", an "r", or
 # an "l", as in "count", "court", and "could". (It would rather have a count than a court.) Nor is
-# this the luck of one word. All over the validation set, head 6 gives, on average, 0.91 of its
-# weight to the character before, and heads 0 to 4 give 0.79 to 0.95 of theirs to the four
-# characters before.
+# this the luck of one word. Averaged over the validation set, head 6 gives 0.91 of its weight to
+# the character before, and each of heads 0 to 4 gives between 0.79 and 0.95 of its weight to the
+# four characters before.
 #
 # We gave it queries and keys made of random numbers. Out of these, following slopes downhill, it
 # has built the very thing that section 5 called hard to beat: it has reinvented the n-gram. Only
@@ -1399,15 +1402,15 @@ def one_line(text):
 
 # %% 12. The parts of a run
 #
-# The papers behind the lesson. Attention and the transformer: Vaswani et al., Attention Is All You
-# Need, 2017. GPT-2: Radford et al., Language Models are Unsupervised Multitask Learners, 2019.
+# The papers behind the lesson. Attention and the transformer: Vaswani et al., "Attention Is All You
+# Need", 2017. GPT-2: Radford et al., "Language Models Are Unsupervised Multitask Learners", 2019.
 # Byte-pair encoding: Sennrich et al., 2015. Residual connections: He et al., 2015. LayerNorm: Ba et
 # al., 2016. GELU: Hendrycks and Gimpel, 2016. Dropout: Srivastava et al., 2014. Weight tying: Press
 # and Wolf, 2016. Adam: Kingma and Ba, 2014. AdamW: Loshchilov and Hutter, 2017. Top-k sampling: Fan
 # et al., 2018. Modified Kneser-Ney smoothing: Chen and Goodman, 1998.
 #
-# Here are the functions that train() and main() call, roughly in order of appearance. They hold
-# nothing new about GPT. But first, some things that save you trouble when you change anything
+# Below are the functions that train() and main() call, roughly in order of appearance. They hold
+# nothing new about GPT. But first, a few things that will save you trouble when you change anything
 # above.
 #
 # The model:
@@ -1417,20 +1420,20 @@ def one_line(text):
 #   GPTConfig in train(). Then check whether `parameters`, in the first lines of a run, is what it
 #   should be.
 # - init_weight goes by name. In a layer of your own, call matrices and gains `weight` and biases
-#   `bias`. (An array called `weight` that has a single axis begins as ones. So an nn.PReLU, a ReLU
-#   whose left half has a learned slope, would begin as a straight line. Give it a rule of its own.)
-#   is_decayed goes by name as well, and takes all matrices in `blocks`.
-# - For rotary positions (RoPE), rotate q and k just before the cache. The position of the first of
-#   them is cache.offset, or 0 without a cache. Validation uses no cache, so a wrong offset spoils
-#   only what the model writes; the doctest of KVCache would catch it.
+#   `bias`. (An array called `weight` that has a single axis begins as all ones. So an nn.PReLU, a
+#   ReLU whose left half has a learned slope, would begin as a straight line. Give it a rule of its
+#   own.) is_decayed goes by name as well, and takes all matrices in `blocks`.
+# - For rotary positions (RoPE), rotate q and k just before the line that uses the cache. Their
+#   first position is cache.offset, or 0 without a cache. Validation uses no cache, so a wrong
+#   offset spoils only what the model writes; the doctest of KVCache would catch it.
 # - The model computes in float32, good for about seven digits (though some GPUs round numbers to
 #   three digits before they multiply them, unless MLX_ENABLE_TF32=0 is set). The bfloat16 of large
 #   models has not even three digits: 1 + 0.001 is still 1. To compute in it, cast what comes out of
 #   the embeddings, and in each step a copy of all weights, because a product with a float32 is
 #   float32 again. The weights that the optimizer changes must stay float32, or its small moves are
 #   lost. And in loss_fn, cast the logits back, or the losses that you see are rounded as well.
-# - Some doctests describe GPT-2 with single characters. Once yours is another model, they may fail,
-#   and rightly so.
+# - Some doctests hold only for a GPT-2 whose tokens are single characters. Once you have another
+#   model, they may fail, and rightly so.
 #
 # The text:
 #
@@ -1443,10 +1446,10 @@ def one_line(text):
 #
 # The training:
 #
-# - To try several values, write a script with `import train` (not `from train import train`), set
-#   train.lr, and also the file names, train.MODEL and so on (otherwise each run replaces the files
-#   of the last one), and call train.train(), which returns the losses. Setting train.small comes
-#   too late: set the sizes.
+# - To try several values of a setting, write a script that begins with `import train` (not `from
+#   train import train`). For each value, set train.lr, say, and also the file names, train.MODEL
+#   and so on (otherwise each run replaces the files of the last one). Then call train.train(),
+#   which returns the losses. Setting train.small comes too late: set the sizes.
 # - A loss_fn of your own must be a mean over rows, since on_two_cores, below, takes the mean of two
 #   halves.
 # - In mid-epoch, save with save_model, under a file name of your own that ends in .safetensors,
@@ -1457,12 +1460,12 @@ def one_line(text):
 # - optim.Muon, the optimizer of the README's last step, adds its weight decay to the gradient,
 #   where it does harm, so set it to 0.
 # - For batches that do not fit into memory, find the gradient in parts (gradient accumulation). In
-#   step, call loss_and_grad on equal parts of the rows, add up the trees of gradients in `total`,
-#   with mlx.utils.tree_map(mx.add, total, grads), and divide by the number of parts, all before
-#   average_gradients, and likewise with the losses. As MLX is lazy, nothing tells it to finish one
-#   part before it begins the next, and then little memory is saved. So make each part depend on the
-#   sum so far: x = mx.depends([x], [g for _, g in tree_flatten(total)])[0] is the same x, but
-#   available only after `total`. And give evaluate smaller batches.
+#   step, before average_gradients, call loss_and_grad on equal parts of the rows, add up the
+#   gradients, total = mlx.utils.tree_map(mx.add, total, grads), and divide by the number of parts.
+#   Do the same with the losses. As MLX is lazy, nothing tells it to finish one part before it
+#   begins the next, and then little memory is saved. So make each part depend on the sum so far:
+#   x = mx.depends([x], [g for _, g in tree_flatten(total)])[0] is the same x, but available only
+#   once `total` has been computed. And give evaluate smaller batches.
 
 
 AT_LEAST_1 = ["ctx_len", "n_emb", "n_heads", "n_layers", "num_epochs", "batch_size",
@@ -1471,7 +1474,8 @@ SAMPLING = ["max_new_tokens", "temperature", "top_k"]  # those that only matter 
 
 
 def check_settings(names):
-    """Raises UserError if one of these settings is too low, or if n_emb is no multiple of n_heads.
+    """Raises UserError if one of these settings is too low, or if n_emb is not a multiple of
+    n_heads.
 
     names is SETTINGS for training, and SAMPLING for --sample and --look, where the sizes are those
     of the saved model.
@@ -1500,7 +1504,7 @@ def resume_run(model, optimizer, settings):
     Raises UserError if that run had other settings or another text, or is finished.
     """
     saved, notes = load(CHECKPOINT)  # as save_epoch has written them
-    # If a file by save_model was copied here, it has no settings, and all count as changed.
+    # If a file from save_model was copied here, it has no settings, and all count as changed.
     changed = changes(notes.get("settings", {}), settings, except_for=["num_epochs", *SAMPLING])
     if changed:
         raise UserError(f"changed since that run: {', '.join(changed)}. Undo this, or start over")
@@ -1536,8 +1540,8 @@ def check_machines_agree(plan):
     the rows of a batch equally.
 
     The histories differ if a machine has an older checkpoint, since only the first machine writes
-    any. And the parts of a batch must be equal because the mean of the means of unequal parts is
-    not the mean of all rows.
+    any. And the shares must be equal, because the mean of the means of unequal shares is not the
+    mean of all rows.
     """
     checksum = mx.array([zlib.crc32(json.dumps(plan).encode())], dtype=mx.uint32)  # (1,)
     checksums = mx.distributed.all_gather(checksum, group=all_machines())  # (machines,)
@@ -1613,7 +1617,7 @@ def check_finite(loss):
 
 
 # Weights are written to a file in a temporary folder, and when the file is complete, it is moved
-# into place. So half a file never stands under one of these names, even if a run is killed while
+# into place. So a file with one of these names is never half written, even if a run is killed while
 # saving, or two runs save at once.
 
 MODEL = "model.safetensors"  # the best weights of this run
@@ -1691,7 +1695,7 @@ def load_model(path):
 
 
 def finish(settings, history):
-    """Logs the run, writes a text with the best weights, and compares with an earlier run."""
+    """Logs the run, writes a text with the best weights, and names an earlier run to compare."""
     if all_machines().rank() > 0:
         return
     best = min(epoch["val"] for epoch in history)
@@ -1733,8 +1737,8 @@ def on_two_cores(one_core_loss):
     there, and so does what belongs to them in the backward pass. The sum at the end waits for both.
 
     Thread-local means that each Python thread which uses second_stream gets a stream of its own. A
-    stream by mx.new_stream can only be used in the thread that made it, which here is the one that
-    imports this file. Then train() would fail in all others.
+    stream from mx.new_stream can only be used in the thread that made it, which here is the one
+    that imports this file. Then train() would fail in all others.
     """
     second_stream = mx.new_thread_local_stream(mx.cpu)
 
@@ -1769,7 +1773,7 @@ def main():
     options.add_argument("--resume", action="store_true", help="go on with an interrupted run")
     in_notebook = "kernel_launcher" in sys.argv[0]  # Jupyter's, for which sys.argv is meant then
     arguments = parser.parse_args([] if in_notebook else None)  # None: sys.argv
-    if hasattr(sys.stdout, "reconfigure"):  # a notebook's stdout, for example, has none
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's stdout has no such method
         sys.stdout.reconfigure(errors="replace")  # a terminal may lack some of our characters
     if all_machines().rank() > 0:  # only the first machine prints
         sys.stdout = None  # then print() does nothing
