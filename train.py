@@ -207,9 +207,9 @@ class CharTokenizer:
 # In an index, a colon takes everything along an axis: a[:, 0] is the first column.
 #
 # A whole pass over the training set is an *epoch*. If every epoch cut the text into rows at the
-# same places, then the first characters of a row would never be seen together with the ones just
-# before them, which would always be in another row. So each epoch begins at one of the first T
-# tokens, picked at random, and takes the rows in random order.
+# same places, then the second and third characters of a row would always have to be predicted from
+# one or two others, since what stands before them belongs to another row. So each epoch begins at
+# one of the first T tokens, picked at random, and takes the rows in random order.
 #
 # NumPy (np) cuts the text, and MLX (mx) does the computing.
 
@@ -1617,7 +1617,7 @@ def check_finite(loss):
 
 
 # Weights are written to a file in a temporary folder, and when the file is complete, it is moved
-# into place. So a file with one of these names is never half written, even if a run is killed while
+# into place. So the three files of weights are never half written, even if a run is killed while
 # saving, or two runs save at once.
 
 MODEL = "model.safetensors"  # the best weights of this run
@@ -1687,7 +1687,7 @@ def load_model(path):
     try:
         config = GPTConfig(**notes["config"])  # the entries of the dict become the arguments
         model = GPT(config)
-        model.load_weights(tree_flatten(weights))  # unlike update(), refuses other names and shapes
+        model.load_weights(tree_flatten(weights))  # refuses other names and shapes
     except (KeyError, TypeError, ValueError):  # no config, one of another form, other weights
         raise UserError(f"{path} does not match train.py: undo edits, or train again") from None
     model.eval()
