@@ -10,9 +10,9 @@ the guess to the text and let it guess again, and again, and it writes. Ours gue
 at a time. On a computer without a GPU we train a small model. Given nothing but a newline, it
 writes:
 
-    untrained            uQv$?Mz &zsLMx3led,qOyxSH'⏎WUkApi:ikizTyBrFNW'.kJXXZbQviZicmMrM
-    after 20 seconds     an dhe sand lith mulup, che ke o donow mup ik bre the ka  there!
-    after four minutes   word not call to spamer, and he sleam, swith a strace keep the Ling.
+    untrained            uQv$?Mz &zsLMx3led,qOyxSH'⏎WUkApi:ikizTyBrFNW'.kJ.item() / uniform_loss for
+    iZbQviZicmMrM after 20 seconds     an dhe sand lith mulup, che ke o donow mup ik bre the ka
+    there! after four minutes   word not call to spamer, and he sleam, swith a strace keep the Ling.
 
 Four minutes ago it could not tell a vowel from a dollar sign. A Mac's GPU gets a larger model,
 which takes longer, learns to spell, and even keeps to the meter now and then.
@@ -1116,10 +1116,10 @@ def make_optimizer(total_steps):
     def is_decayed(name, weight):
         return name.startswith("blocks") and weight.ndim == 2
 
-    # bias_correction: m and v both start at 0, but m catches up sooner. In the first step they fall
-    # short alike, but from the second on, for a while, m / sqrt(v) would be up to 2.1 times as
-    # large as it should be. The correction scales both of them up to their proper size. (It has
-    # nothing to do with the biases of a layer.)
+    # bias_correction: m and v both start at 0, but m catches up sooner. In the first step m and
+    # sqrt(v) fall short alike, but from the second on, for a while, m / sqrt(v) would be up to 2.1
+    # times as large as it should be. The correction scales both of them up to their proper size.
+    # (It has nothing to do with the biases of a layer.)
     betas = [beta1, beta2]
     decayed = optim.AdamW(learning_rate, betas, weight_decay=weight_decay, bias_correction=True)
     others = optim.AdamW(learning_rate, betas, weight_decay=0.0, bias_correction=True)
@@ -1166,7 +1166,7 @@ def all_machines():
     """The group of machines that train together, usually only this one. Its size() is how many
     there are, and its rank() is the number of this one, from 0. It is the same in each call."""
     # A backend is a way to connect the machines. In a ring, each talks to the next. Left to choose,
-    # MLX would start others as well, such as MPI, some versions of which then hang.
+    # MLX would start other backends as well, such as MPI, some versions of which then hang.
     return mx.distributed.init(backend="ring")
 
 
@@ -1186,9 +1186,9 @@ def make_step(model, optimizer):
         optimizer.update(model, grads)
         return loss
 
-    # All arrays that step reads or changes, apart from x and y. (These are dicts and a list, and
-    # those of model.state hold the parameters.) In each call, the compiled step takes the current
-    # values from them, and puts the new ones into them.
+    # All arrays that step reads or changes, apart from x and y: two dicts and a list that hold
+    # them. In each call, the compiled step takes the current values from these very objects, and
+    # puts the new ones into them, so do not replace one of them afterward.
     state = [model.state, optimizer.state, mx.random.state]
     return mx.compile(step, inputs=state, outputs=state)
 
@@ -1216,10 +1216,10 @@ class UserError(Exception):
 
 
 # Here, then, is the most interesting part of what a run of the small model prints: the losses, and
-# under them what the model writes at that point. One line, from step 500, comes without losses.
+# under them what the model writes at that point.
 #
 #     Untrained | train = 4.1989 | val = 4.2001 | perplexity 66.7
-#               uQv$?Mz &zsLMx3led,qOyxSH'⏎WUkApi:ikizTyBrFNW'.kJXXZbQviZicmMrM'bzxII
+#               uQv$?Mz &zsLMx3led,qOyxSH'⏎WUkApi:ikizTyBrFNW'.kJ.item() / uniform_loss for iZbQviZicmMrM'bzxII
 #               an dhe sand lith mulup, che ke o donow mup ik bre the ka  there!⏎Thad
 #     Epoch 0 | train = 1.7722 | val = 1.7604 | perplexity 5.81
 #               PEEN PSIMEN MAUGER:⏎First the spett a dot thands that keep the Punder
@@ -1228,12 +1228,12 @@ class UserError(Exception):
 #     Epoch 2 | train = 1.5241 | val = 1.5339 | perplexity 4.64
 #               word not call to spamer, and he sleam, swith a strace keep the Ling.⏎
 #
-# Watch it learn. The first loss lies where it must, close to 4.17. After 500 steps it has found out
-# about spaces, vowels, and the length of words. After one epoch it has beaten n = 3, and knows that
-# in a play, a speech begins with a name, mostly in capitals, and a colon. In the end it is close to
-# n = 4. (How can the loss, after epoch 0, be lower on the text that the model has not read? The two
-# texts come from different plays, and one may be a little easier.) Nobody has told it any of this.
-# All it ever got was the next character.
+# Watch it learn. The first loss lies where it must, close to 4.17. After 500 steps, when a line of
+# text comes without losses, it has found out about spaces, vowels, and the length of words. After
+# one epoch it has beaten n = 3, and knows that in a play, a speech begins with a name, mostly in
+# capitals, and a colon. In the end it is close to n = 4. (How can the loss, after epoch 0, be lower
+# on the text that the model has not read? The two texts come from different plays, and one may be a
+# little easier.) Nobody has told it any of this. All it ever got was the next character.
 #
 # And this is the run itself, from the file to the finished model. It calls some functions that you
 # have not met. Their names say what they do, and section 12 has them in much the same order.
@@ -1250,7 +1250,7 @@ def train(resume=False):
     train_tokens, val_tokens = split(np.array(tokenizer.encode(text), dtype=np.int32))
     train_part = train_tokens[: len(val_tokens)]  # to save time, we report the loss on this part
     steps_per_epoch = count_batches(train_tokens, ctx_len, batch_size)
-    if steps_per_epoch < 1 or len(val_tokens) <= ctx_len:  # less than a row and one more target
+    if steps_per_epoch < 1 or len(val_tokens) <= ctx_len:  # a row needs ctx_len + 1 tokens
         raise UserError("input.txt holds too little: add text, or lower ctx_len or batch_size")
     total_steps = num_epochs * steps_per_epoch
 
@@ -1258,7 +1258,7 @@ def train(resume=False):
     model = GPT(GPTConfig(vocab_size=len(tokenizer.vocab), ctx_len=ctx_len, n_emb=n_emb,
                           n_heads=n_heads, n_layers=n_layers, dropout=dropout))
     optimizer = make_optimizer(total_steps)
-    optimizer.init(model.trainable_parameters())  # creates m and v, for resume_run and make_step
+    optimizer.init(model.trainable_parameters())  # creates m and v: resume_run and make_step need them
     settings = collect_settings(text, model)
     history = []  # for each epoch, its losses, and how many minutes it took
     if resume:
@@ -1278,7 +1278,8 @@ def train(resume=False):
         model.train()  # dropout on
         for x, y in get_batches(train_tokens, ctx_len, batch_size, rng):
             loss = step(x, y)
-            # Start computing, and do not wait. (For the loss alone, no update would be needed.)
+            # Start computing, and do not wait. (Asked only for the loss, MLX would put off the new
+            # parameters.)
             mx.async_eval(loss, model.state, optimizer.state)
             progress.update(loss)
             if progress.step == 500:  # an early look; for more such looks, see section 12
@@ -1360,9 +1361,9 @@ def look(model, tokenizer, prompt):
 
     print(" " * 18 + one_line(tokenizer.decode(tokens)))
     log_p = nn.log_softmax(logits)  # (T, vocab_size)
-    uniform = math.log(len(tokenizer.vocab))  # a full bar: no better than a uniform guess
+    uniform_loss = math.log(len(tokenizer.vocab))  # a full bar: no better than a uniform guess
     # Position i predicts tokens[i + 1], which is number i of tokens[1:].
-    surprise = [-log_p[i, token].item() / uniform for i, token in enumerate(tokens[1:])]
+    surprise = [-log_p[i, token].item() / uniform_loss for i, token in enumerate(tokens[1:])]
     print("surprise".ljust(19) + bars(surprise))  # 19: nothing predicts the first character
     for i, weights in enumerate(recorded):
         from_last = weights[0, :, -1]  # (n_heads, T): what the last position attends to
@@ -1428,10 +1429,11 @@ def one_line(text):
 #   offset spoils only what the model writes; the doctest of KVCache would catch it.
 # - The model computes in float32, good for about seven digits (though some GPUs round numbers to
 #   three digits before they multiply them, unless MLX_ENABLE_TF32=0 is set). The bfloat16 of large
-#   models has not even three digits: 1 + 0.001 is still 1. To compute in it, cast what comes out of
-#   the embeddings, and in each step a copy of all weights, because a product with a float32 is
-#   float32 again. The weights that the optimizer changes must stay float32, or its small moves are
-#   lost. And in loss_fn, cast the logits back, or the losses that you see are rounded as well.
+#   models has not even three digits: 1 + 0.001 is still 1. To compute in it, you must cast two
+#   things: what comes out of the embeddings, and, in each step, a copy of all weights, because a
+#   product with a float32 is float32 again. The weights that the optimizer changes must stay
+#   float32, or its small moves are lost. And in loss_fn, cast the logits back, or the losses that
+#   you see are rounded as well.
 # - Some doctests hold only for a GPT-2 whose tokens are single characters. Once you have another
 #   model, they may fail, and rightly so.
 #
@@ -1456,16 +1458,16 @@ def one_line(text):
 #   since save_epoch moves and overwrites MODEL. Add nothing to `history`, which has one entry for
 #   each epoch. show_line and report set the random seed. So with dropout, call
 #   mx.random.seed(progress.step) after each of these calls, or dropout strikes the same places each
-#   time.
+#   time. (train() looks only once, so it need not.)
 # - optim.Muon, the optimizer of the README's last step, adds its weight decay to the gradient,
 #   where it does harm, so set it to 0.
 # - For batches that do not fit into memory, find the gradient in parts (gradient accumulation). In
 #   step, before average_gradients, call loss_and_grad on equal parts of the rows, add up the
 #   gradients, total = mlx.utils.tree_map(mx.add, total, grads), and divide by the number of parts.
 #   Do the same with the losses. As MLX is lazy, nothing tells it to finish one part before it
-#   begins the next, and then little memory is saved. So make each part depend on the sum so far:
-#   x = mx.depends([x], [g for _, g in tree_flatten(total)])[0] is the same x, but available only
-#   once `total` has been computed. And give evaluate smaller batches.
+#   begins the next, and then little memory is saved. So make each part depend on the sum so far.
+#   After x = mx.depends([x], [g for _, g in tree_flatten(total)])[0], x is what it was, but is
+#   available only once `total` has been computed. And give evaluate smaller batches.
 
 
 AT_LEAST_1 = ["ctx_len", "n_emb", "n_heads", "n_layers", "num_epochs", "batch_size",
@@ -1503,8 +1505,8 @@ def resume_run(model, optimizer, settings):
 
     Raises UserError if that run had other settings or another text, or is finished.
     """
-    saved, notes = load(CHECKPOINT)  # as save_epoch has written them
-    # If a file from save_model was copied here, it has no settings, and all count as changed.
+    saved, notes = load(CHECKPOINT)  # model and optimizer; settings and history
+    # (A file from save_model, copied to CHECKPOINT, has no settings, so all count as changed.)
     changed = changes(notes.get("settings", {}), settings, except_for=["num_epochs", *SAMPLING])
     if changed:
         raise UserError(f"changed since that run: {', '.join(changed)}. Undo this, or start over")
@@ -1513,7 +1515,7 @@ def resume_run(model, optimizer, settings):
         raise UserError("that run is finished: raise num_epochs to keep training")
     if shapes(saved) != shapes({"model": model.parameters(), "optimizer": optimizer.state}):
         raise UserError(f"{CHECKPOINT} does not match train.py: undo edits, or start over")
-    model.update(saved["model"])  # which would accept other shapes as well
+    model.update(saved["model"])  # accepts any shapes, hence the check above
     optimizer.state = saved["optimizer"]  # a new dict, so call make_step only after this
     print(f"Resuming after epoch {len(history) - 1}, val = {history[-1]['val']:.4f}")
     return history
@@ -1540,8 +1542,8 @@ def check_machines_agree(plan):
     the rows of a batch equally.
 
     The histories differ if a machine has an older checkpoint, since only the first machine writes
-    any. And the shares must be equal, because the mean of the means of unequal shares is not the
-    mean of all rows.
+    checkpoints. And the shares must be equal, because the mean of the means of unequal shares is
+    not the mean of all rows.
     """
     checksum = mx.array([zlib.crc32(json.dumps(plan).encode())], dtype=mx.uint32)  # (1,)
     checksums = mx.distributed.all_gather(checksum, group=all_machines())  # (machines,)
@@ -1568,7 +1570,8 @@ def report(title, train_loss, val_loss, model, tokenizer):
     model in eval mode."""
     perplexity = mx.exp(val_loss).item()  # math.exp would raise an error for exp(1000); this is inf
     losses = f"{title} | train = {train_loss:.4f} | val = {val_loss:.4f}"
-    print(f"{losses} | perplexity {perplexity:.3g}".ljust(WIDTH))  # covers the line of Progress
+    # The spaces wipe out the line that Progress, below, has left on the screen.
+    print(f"{losses} | perplexity {perplexity:.3g}".ljust(WIDTH))
     show_line(model, tokenizer)
     if sees_the_future(model):
         print(" " * 10 + "Warning: this model sees the future, so its losses mean nothing.")
@@ -1595,7 +1598,8 @@ class Progress:
         now = time.perf_counter()  # seconds
         if self.step == self.first_step:
             self.started = self.last_print = now
-        if now - self.last_print < 1:  # true in the first step: no division by 0 below
+        # In the first step this always returns, so that nothing below divides by 0.
+        if now - self.last_print < 1:
             return
         self.last_print = now
         loss = loss.item()  # not in every step, since this waits for the GPU
@@ -1630,10 +1634,10 @@ COMPLETIONS = "completions.txt"  # the text written at the end of a run
 def save_epoch(model, optimizer, tokenizer, settings, history):
     """Saves the model, if it is the best so far, and then the checkpoint.
 
-    At its first save, a new run removes the old checkpoint before it touches MODEL. Otherwise, if
-    it were killed in between, --resume would go on with the old run, whose best weights were no
-    longer in MODEL. The new checkpoint comes last: if the run is killed before that, --resume
-    repeats the epoch or, if it was the first, finds no checkpoint.
+    At its first save, a new run begins by removing the old checkpoint. Otherwise, if it were killed
+    between saving MODEL and the new checkpoint, --resume would go on with the old run, whose best
+    weights were no longer in MODEL. As it is, --resume then repeats the epoch or, if it was the
+    first, finds no checkpoint.
     """
     if all_machines().rank() > 0:  # only the first machine writes files
         return
@@ -1721,7 +1725,7 @@ def previous_run_on(checksum):
     before = None
     # All lines but the last one, which is this run.
     for line in Path(RUN_LOG).read_text(encoding="utf-8", errors="replace").splitlines()[:-1]:
-        with contextlib.suppress(ValueError, KeyError, TypeError):  # skips what is not such a line
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # skips lines that describe no run
             run = json.loads(line)
             if run["settings"]["input.txt"] == checksum:
                 before = run
@@ -1735,11 +1739,10 @@ def on_two_cores(one_core_loss):
     MLX puts operations into a queue, called a stream, and on a CPU each stream has a thread that
     computes them. So all it takes is a second stream. Operations made under mx.stream(...) go
     there, and so does what belongs to them in the backward pass. The sum at the end waits for both.
-
-    Thread-local means that each Python thread which uses second_stream gets a stream of its own. A
-    stream from mx.new_stream can only be used in the thread that made it, which here is the one
-    that imports this file. Then train() would fail in all others.
     """
+    # Why thread_local? A stream from mx.new_stream works only in the Python thread that made it,
+    # here the one that imports this file, so train() would fail in any other. This one gives each
+    # Python thread a stream of its own.
     second_stream = mx.new_thread_local_stream(mx.cpu)
 
     def two_core_loss(model, x, y):
@@ -1771,7 +1774,8 @@ def main():
     options.add_argument("--look", metavar="TEXT",
                          help="show what the trained model attends to and what it predicts next")
     options.add_argument("--resume", action="store_true", help="go on with an interrupted run")
-    in_notebook = "kernel_launcher" in sys.argv[0]  # Jupyter's, for which sys.argv is meant then
+    # In Jupyter, sys.argv holds the arguments of its kernel_launcher, not ours.
+    in_notebook = "kernel_launcher" in sys.argv[0]
     arguments = parser.parse_args([] if in_notebook else None)  # None: sys.argv
     if hasattr(sys.stdout, "reconfigure"):  # a notebook's stdout has no such method
         sys.stdout.reconfigure(errors="replace")  # a terminal may lack some of our characters
