@@ -10,9 +10,9 @@ the guess to the text and let it guess again, and again, and it writes. Ours gue
 at a time. On a computer without a GPU we train a small model. Given nothing but a newline, it
 writes:
 
-    untrained            uQv$?Mz &zsLMx3led,qOyxSH'⏎WUkApi:ikizTyBrFNW'.kJ.item() / uniform_loss for
-    iZbQviZicmMrM after 20 seconds     an dhe sand lith mulup, che ke o donow mup ik bre the ka
-    there! after four minutes   word not call to spamer, and he sleam, swith a strace keep the Ling.
+    untrained            uQv$?Mz &zsLMx3led,qOyxSH'⏎WUkApi:ikizTyBrFNW'.kJXXZbQviZicmMrM
+    after 20 seconds     an dhe sand lith mulup, che ke o donow mup ik bre the ka  there!
+    after four minutes   word not call to spamer, and he sleam, swith a strace keep the Ling.
 
 Four minutes ago it could not tell a vowel from a dollar sign. A Mac's GPU gets a larger model,
 which takes longer, learns to spell, and even keeps to the meter now and then.
@@ -1219,7 +1219,7 @@ class UserError(Exception):
 # under them what the model writes at that point.
 #
 #     Untrained | train = 4.1989 | val = 4.2001 | perplexity 66.7
-#               uQv$?Mz &zsLMx3led,qOyxSH'⏎WUkApi:ikizTyBrFNW'.kJ.item() / uniform_loss for iZbQviZicmMrM'bzxII
+#               uQv$?Mz &zsLMx3led,qOyxSH'⏎WUkApi:ikizTyBrFNW'.kJXXZbQviZicmMrM'bzxII
 #               an dhe sand lith mulup, che ke o donow mup ik bre the ka  there!⏎Thad
 #     Epoch 0 | train = 1.7722 | val = 1.7604 | perplexity 5.81
 #               PEEN PSIMEN MAUGER:⏎First the spett a dot thands that keep the Punder
@@ -1258,7 +1258,8 @@ def train(resume=False):
     model = GPT(GPTConfig(vocab_size=len(tokenizer.vocab), ctx_len=ctx_len, n_emb=n_emb,
                           n_heads=n_heads, n_layers=n_layers, dropout=dropout))
     optimizer = make_optimizer(total_steps)
-    optimizer.init(model.trainable_parameters())  # creates m and v: resume_run and make_step need them
+    # This creates m and v. (resume_run will compare their shapes, and make_step will list them.)
+    optimizer.init(model.trainable_parameters())
     settings = collect_settings(text, model)
     history = []  # for each epoch, its losses, and how many minutes it took
     if resume:
@@ -1725,7 +1726,7 @@ def previous_run_on(checksum):
     before = None
     # All lines but the last one, which is this run.
     for line in Path(RUN_LOG).read_text(encoding="utf-8", errors="replace").splitlines()[:-1]:
-        with contextlib.suppress(ValueError, KeyError, TypeError):  # skips lines that describe no run
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # skips what is not a run
             run = json.loads(line)
             if run["settings"]["input.txt"] == checksum:
                 before = run

@@ -217,6 +217,9 @@ def test_the_means_of_three_seeds():
     text = " ".join(README.split())
     means = re.search(r"means of three seeds are (\S+) and (\S+),", text).groups()
     assert can_come_from(means[0], [np.mean(small)]) and can_come_from(means[1], [np.mean(replica)])
+    shown = re.search(r"`seed = 1`, it gets (\S+)\. .* get (\S+) and (\S+)\.\)", text).groups()
+    lighter = [last("The replica", "larger, `weight_decay=0.1` (3)", seed) for seed in "01"]
+    assert all(map(can_come_from, shown, [[last("The replica", "larger", "1")], *zip(lighter)]))
 
 
 def test_the_answers_have_the_losses_of_their_experiments():
@@ -285,7 +288,7 @@ def test_the_settings_that_are_shown():
 
 def test_the_first_lines_that_are_shown():
     for line in re.findall(r"^(?:before|after) .*?  +(.*)$", README, re.M):
-        if line.strip() not in SOURCE:
+        if line.strip() not in SOURCE.split('"""')[1]:
             missing("train.py does not show the lines that the README shows")
 
 
