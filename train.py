@@ -1418,9 +1418,10 @@ def one_line(text):
 # The model:
 #
 # - A new size must be added in three places: the settings, GPTConfig (as its last field, with a
-#   default that leaves the model as it was, so that older files still load), and the call to
-#   GPTConfig in train(). Then check whether `parameters`, in the first lines of a run, is what it
-#   should be.
+#   default that leaves the model as it was, so that older files still load; if that would be
+#   another size, such as n_heads, let the default be None), and the call to GPTConfig in train().
+#   If 0 makes no sense, add its name to AT_LEAST_1, below. Then check whether `parameters`, in the
+#   first lines of a run, is what it should be.
 # - init_weight goes by name. In a layer of your own, call matrices and gains `weight` and biases
 #   `bias`. (An array called `weight` that has a single axis begins as all ones. So an nn.PReLU, a
 #   ReLU whose left half has a learned slope, would begin as a straight line. Give it a rule of its
@@ -1429,19 +1430,20 @@ def one_line(text):
 #   first position is cache.offset, or 0 without a cache. Validation uses no cache, so a wrong
 #   offset spoils only what the model writes; the doctest of KVCache would catch it.
 # - The model computes in float32, good for about seven digits (though some GPUs round numbers to
-#   three digits before they multiply them, unless MLX_ENABLE_TF32=0 is set). The bfloat16 of large
-#   models has not even three digits: 1 + 0.001 is still 1. To compute in it, you must cast two
-#   things: what comes out of the embeddings, and, in each step, a copy of all weights, because a
-#   product with a float32 is float32 again. The weights that the optimizer changes must stay
-#   float32, or its small moves are lost. And in loss_fn, cast the logits back, or the losses that
-#   you see are rounded as well.
+#   three digits before they multiply them, unless MLX_ENABLE_TF32=0 is set). Large models compute
+#   in bfloat16, which has not even three digits: 1 + 0.001 is still 1. So only loss and gradient
+#   can be found in it. In step, put a bfloat16 copy of the weights into the model, with
+#   model.update, for loss_and_grad alone, and then the float32 weights again. Cast the gradient to
+#   float32 before it is clipped, since AdamW computes 1 - lr * weight_decay in the type of the
+#   gradient. And in loss_fn, cast the logits to float32.
 # - Some doctests hold only for a GPT-2 whose tokens are single characters. Once you have another
 #   model, they may fail, and rightly so.
 #
 # The text:
 #
 # - If your tokens are not characters, do not compare losses with ours: a loss is per token. A
-#   prompt should then end where a token ends, and with --look a bar stands for a token, not for a
+#   prompt should then end where a token ends, and an empty one becomes token 0, which should
+#   therefore occur in the training text. With --look, a bar stands for a token, not for a
 #   character.
 # - To train on several texts, split each of them, and join the parts. Otherwise the validation set
 #   is the end of the last text.
@@ -1450,9 +1452,11 @@ def one_line(text):
 # The training:
 #
 # - To try several values of a setting, write a script that begins with `import train` (not `from
-#   train import train`). For each value, set train.lr, say, and also the file names, train.MODEL
-#   and so on (otherwise each run replaces the files of the last one). Then call train.train(),
-#   which returns the losses. Setting train.small comes too late: set the sizes.
+#   train import train`). For each value, set train.lr, say, to a Python number (not one of
+#   NumPy's), and also the file names, train.MODEL and so on (otherwise each run replaces the files
+#   of the last one; those of weights must end in .safetensors). Then call train.train(), which
+#   returns the losses, or raises train.UserError if a run diverges. Setting train.small comes too
+#   late: set the sizes.
 # - A loss_fn of your own must be a mean over rows, since on_two_cores, below, takes the mean of two
 #   halves.
 # - In mid-epoch, save with save_model, under a file name of your own that ends in .safetensors,
@@ -1464,11 +1468,11 @@ def one_line(text):
 #   where it does harm, so set it to 0.
 # - For batches that do not fit into memory, find the gradient in parts (gradient accumulation). In
 #   step, before average_gradients, call loss_and_grad on equal parts of the rows, add up the
-#   gradients, total = mlx.utils.tree_map(mx.add, total, grads), and divide by the number of parts.
-#   Do the same with the losses. As MLX is lazy, nothing tells it to finish one part before it
-#   begins the next, and then little memory is saved. So make each part depend on the sum so far.
-#   After x = mx.depends([x], [g for _, g in tree_flatten(total)])[0], x is what it was, but is
-#   available only once `total` has been computed. And give evaluate smaller batches.
+#   gradients, total = tree_map(mx.add, total, grads), with tree_map from mlx.utils, and divide by
+#   the number of parts. Do the same with the losses. As MLX is lazy, nothing tells it to finish one
+#   part before it begins the next, and then little memory is saved. So make each part depend on the
+#   sum so far. After x = mx.depends([x], [g for _, g in tree_flatten(total)])[0], x is what it was,
+#   but is available only once `total` has been computed. And give evaluate smaller batches.
 
 
 AT_LEAST_1 = ["ctx_len", "n_emb", "n_heads", "n_layers", "num_epochs", "batch_size",
