@@ -1164,7 +1164,8 @@ def make_optimizer(total_steps):
 
 def all_machines():
     """The group of machines that train together, usually only this one. Its size() is how many
-    there are, and its rank() is the number of this one, from 0. It is the same in each call."""
+    there are, and its rank() is the number of this one, from 0. Each call returns the same
+    group."""
     # A backend is a way to connect the machines. In a ring, each talks to the next. Left to choose,
     # MLX would start other backends as well, such as MPI, some versions of which then hang.
     return mx.distributed.init(backend="ring")
@@ -1188,7 +1189,8 @@ def make_step(model, optimizer):
 
     # All arrays that step reads or changes, apart from x and y: two dicts and a list that hold
     # them. In each call, the compiled step takes the current values from these very objects, and
-    # puts the new ones into them, so do not replace one of them afterward.
+    # puts the new ones into them, so do not replace one of them afterward. (model.parameters()
+    # would not do, as it returns a new dict each time.)
     state = [model.state, optimizer.state, mx.random.state]
     return mx.compile(step, inputs=state, outputs=state)
 
@@ -1258,13 +1260,13 @@ def train(resume=False):
     model = GPT(GPTConfig(vocab_size=len(tokenizer.vocab), ctx_len=ctx_len, n_emb=n_emb,
                           n_heads=n_heads, n_layers=n_layers, dropout=dropout))
     optimizer = make_optimizer(total_steps)
-    # This creates m and v. (resume_run will compare their shapes, and make_step will list them.)
+    # This creates m and v, which resume_run may replace, and which make_step must find.
     optimizer.init(model.trainable_parameters())
     settings = collect_settings(text, model)
     history = []  # for each epoch, its losses, and how many minutes it took
     if resume:
         history = resume_run(model, optimizer, settings)
-    check_machines_agree([settings, history])  # in case there are several
+    check_machines_agree([settings, history])  # before any work, if there are several
     if not resume:
         print_settings(tokenizer, settings)
         report("Untrained", evaluate(model, train_part), evaluate(model, val_tokens),
@@ -1280,7 +1282,7 @@ def train(resume=False):
         for x, y in get_batches(train_tokens, ctx_len, batch_size, rng):
             loss = step(x, y)
             # Start computing, and do not wait. (Asked only for the loss, MLX would put off the new
-            # parameters.)
+            # parameters, and the graph would grow.)
             mx.async_eval(loss, model.state, optimizer.state)
             progress.update(loss)
             if progress.step == 500:  # an early look; for more such looks, see section 12
@@ -1508,10 +1510,11 @@ def collect_settings(text, model):
 def resume_run(model, optimizer, settings):
     """Restores model and optimizer from CHECKPOINT. Returns the history of that run.
 
-    Raises UserError if that run had other settings or another text, or is finished.
+    Raises UserError if that run had another text or other settings (num_epochs and SAMPLING may
+    differ), or is finished.
     """
     saved, notes = load(CHECKPOINT)  # model and optimizer; settings and history
-    # (A file from save_model, copied to CHECKPOINT, has no settings, so all count as changed.)
+    # .get, since a file from save_model, if somebody copied it to CHECKPOINT, has no settings.
     changed = changes(notes.get("settings", {}), settings, except_for=["num_epochs", *SAMPLING])
     if changed:
         raise UserError(f"changed since that run: {', '.join(changed)}. Undo this, or start over")
@@ -1520,7 +1523,7 @@ def resume_run(model, optimizer, settings):
         raise UserError("that run is finished: raise num_epochs to keep training")
     if shapes(saved) != shapes({"model": model.parameters(), "optimizer": optimizer.state}):
         raise UserError(f"{CHECKPOINT} does not match train.py: undo edits, or start over")
-    model.update(saved["model"])  # accepts any shapes, hence the check above
+    model.update(saved["model"])  # which accepts any shapes, hence the check above
     optimizer.state = saved["optimizer"]  # a new dict, so call make_step only after this
     print(f"Resuming after epoch {len(history) - 1}, val = {history[-1]['val']:.4f}")
     return history
@@ -1532,8 +1535,8 @@ def shapes(tree):
 
 
 def changes(old, new, except_for=()):
-    """The differences between two dicts of settings, in words. A name that one of them lacks is
-    None there.
+    """The differences between two dicts of settings, in words. A setting that one of them lacks
+    counts as None.
 
     >>> changes({"lr": 0.01, "seed": 0}, {"lr": 0.001, "seed": 0})
     ['lr 0.01 to 0.001']
@@ -1546,12 +1549,12 @@ def check_machines_agree(plan):
     """Raises UserError if the machines differ in their plans, [settings, history], or cannot share
     the rows of a batch equally.
 
-    The histories differ if a machine has an older checkpoint, since only the first machine writes
-    checkpoints. And the shares must be equal, because the mean of the means of unequal shares is
-    not the mean of all rows.
+    The histories differ if a machine has an older checkpoint: only the first machine writes any,
+    and you copy them to the others. And the shares must be equal, because the mean of the means of
+    unequal shares is not the mean of all rows.
     """
     checksum = mx.array([zlib.crc32(json.dumps(plan).encode())], dtype=mx.uint32)  # (1,)
-    checksums = mx.distributed.all_gather(checksum, group=all_machines())  # (machines,)
+    checksums = mx.distributed.all_gather(checksum, group=all_machines())  # (machines,): of each
     if mx.any(checksums != checksum):
         raise UserError("the machines differ in input.txt, in their settings, or in a checkpoint")
     if batch_size % len(checksums) != 0:
@@ -1573,7 +1576,7 @@ def print_settings(tokenizer, settings):
 def report(title, train_loss, val_loss, model, tokenizer):
     """Prints the losses, what the model writes now, and a warning if it sees the future. Leaves the
     model in eval mode."""
-    perplexity = mx.exp(val_loss).item()  # math.exp would raise an error for exp(1000); this is inf
+    perplexity = mx.exp(val_loss).item()  # for 1000, math.exp would raise an error
     losses = f"{title} | train = {train_loss:.4f} | val = {val_loss:.4f}"
     # The spaces wipe out the line that Progress, below, has left on the screen.
     print(f"{losses} | perplexity {perplexity:.3g}".ljust(WIDTH))
@@ -1603,7 +1606,7 @@ class Progress:
         now = time.perf_counter()  # seconds
         if self.step == self.first_step:
             self.started = self.last_print = now
-        # In the first step this always returns, so that nothing below divides by 0.
+        # In the first step, now equals last_print, so this returns, and nothing below divides by 0.
         if now - self.last_print < 1:
             return
         self.last_print = now
@@ -1639,10 +1642,9 @@ COMPLETIONS = "completions.txt"  # the text written at the end of a run
 def save_epoch(model, optimizer, tokenizer, settings, history):
     """Saves the model, if it is the best so far, and then the checkpoint.
 
-    At its first save, a new run begins by removing the old checkpoint. Otherwise, if it were killed
-    between saving MODEL and the new checkpoint, --resume would go on with the old run, whose best
-    weights were no longer in MODEL. As it is, --resume then repeats the epoch or, if it was the
-    first, finds no checkpoint.
+    A new run removes the old checkpoint before it saves MODEL. If it is killed between the two
+    saves of its first epoch, there is then no checkpoint, rather than one of the old run, whose
+    best weights are no longer in MODEL. In a later epoch, --resume would repeat that epoch.
     """
     if all_machines().rank() > 0:  # only the first machine writes files
         return
@@ -1686,7 +1688,7 @@ def load(path):
 
 
 def save_model(path, model, tokenizer):
-    """Saves the weights, and beside them what load_model() needs to build the model."""
+    """Saves the weights, and in the same file what load_model() needs to build the model."""
     save(path, model.parameters(), {"config": asdict(model.config), "vocab": tokenizer.vocab})
 
 
@@ -1745,9 +1747,9 @@ def on_two_cores(one_core_loss):
     computes them. So all it takes is a second stream. Operations made under mx.stream(...) go
     there, and so does what belongs to them in the backward pass. The sum at the end waits for both.
     """
-    # Why thread_local? A stream from mx.new_stream works only in the Python thread that made it,
-    # here the one that imports this file, so train() would fail in any other. This one gives each
-    # Python thread a stream of its own.
+    # Why not mx.new_stream? Such a stream works only in the Python thread that made it, here the
+    # one that imports this file, so train() would fail when called in any other. A thread-local
+    # stream is a separate one in each Python thread.
     second_stream = mx.new_thread_local_stream(mx.cpu)
 
     def two_core_loss(model, x, y):
@@ -1807,12 +1809,13 @@ def main():
 
 
 def load_model_for(prompt):
-    """The saved model and its tokenizer. Raises UserError if they cannot read the prompt."""
+    """The saved model and its tokenizer. Raises UserError if there is none, if it cannot read the
+    prompt, or if a setting in SAMPLING makes no sense."""
     check_settings(SAMPLING)
     model, tokenizer = load_model(MODEL)
     try:
         tokenizer.encode(prompt)  # only to see whether it can
-    except KeyError as error:
+    except KeyError as error:  # whose text is the character, in quotes
         known = "".join(tokenizer.vocab[:100])
         raise UserError(f"the model does not know {error}. It knows {known!r}") from None
     return model, tokenizer
