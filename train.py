@@ -107,7 +107,7 @@ top_k = 40  # choose among the k most likely characters; try 5, or 1000 for all 
 
 # The names of all settings, so that they can be printed, logged, and compared with the settings of
 # earlier runs. A setting that you add above joins this list by itself, if its name begins with a
-# lowercase letter and its value is a number, a switch (True or False), or a string.
+# lowercase letter and its value is a number, 0 or above, a switch (True or False), or a string.
 SETTINGS = [name for name, value in globals().items()
             if isinstance(value, (int, float, str)) and name[0].islower()]
 
@@ -1493,7 +1493,7 @@ def check_settings(names):
     for name in names:
         value = globals()[name]
         least = 1 if name in AT_LEAST_1 else 0
-        if not isinstance(value, str) and not value >= least:  # value < least would let nan pass
+        if isinstance(value, (int, float)) and not value >= least:  # < would let nan pass
             raise UserError(f"{name} = {value} must be at least {least}")
     if "n_heads" in names and n_emb % n_heads != 0:
         raise UserError(f"n_emb = {n_emb} must be a multiple of n_heads = {n_heads}")

@@ -250,6 +250,8 @@ def test_sample(trained, tiny, command, watch):
     assert generated[0][2:5] == (11, 0.7, 9)
     tiny(top_k=0)
     assert "top_k = 0" in refused(trained, command, "--sample", "7")
+    tiny(top_k=None)  # all tokens
+    assert command("--sample", "7")[1] == 0
     assert trained.files() == files
 
 
