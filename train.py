@@ -107,7 +107,7 @@ top_k = 40  # choose among the k most likely characters; try 5, or 1000 for all 
 
 # The names of all settings, so that they can be printed, logged, and compared with the settings of
 # earlier runs. A setting that you add above joins this list by itself, if its name begins with a
-# lowercase letter and its value is a number, 0 or above, a switch (True or False), or a string.
+# lowercase letter and its value is a number (0 or above), a switch (True or False), or a string.
 SETTINGS = [name for name, value in globals().items()
             if isinstance(value, (int, float, str)) and name[0].islower()]
 
