@@ -207,9 +207,10 @@ class CharTokenizer:
 # In an index, a colon takes everything along an axis: a[:, 0] is the first column.
 #
 # A whole pass over the training set is an *epoch*. If every epoch cut the text into rows at the
-# same places, then the second and third characters of a row would always have to be predicted from
-# one or two others, since what stands before them belongs to another row. So each epoch begins at
-# one of the first T tokens, picked at random, and takes the rows in random order.
+# same places, then the same characters, the second and third of each row, would have to be
+# predicted from one or two others every time, since what stands before them belongs to another row.
+# So each epoch begins at one of the first T tokens, picked at random, and takes the rows in random
+# order.
 #
 # NumPy (np) cuts the text, and MLX (mx) does the computing.
 
@@ -884,10 +885,10 @@ def count_parameters(model):
 
 # You will want to change the model, and see whether the loss gets better. But what if it gets
 # wonderful? Forget the mask, or one transpose, and positions see the answers. The model is quick to
-# find out, and reports a loss that no honest one could reach. This function notices, and train()
-# will call it with each report. (It cannot notice targets that are shifted the wrong way, so that
-# each is the token before. Then the model has only to copy, and the small model's loss falls to
-# 0.05.)
+# find out, and reports a loss that no honest one could reach. This function notices, and it will be
+# called for each report that train() prints. (It cannot notice targets that are shifted the wrong
+# way, so that each is the token before. Then the model has only to copy, and the small model's loss
+# falls to 0.05.)
 
 
 def sees_the_future(model):
@@ -1079,7 +1080,7 @@ def type_out(model, tokenizer, prompt):
 # AdamW adds *weight decay*: in each step, it also shrinks w by a small part of itself,
 # lr * weight_decay * w. A weight then stays large only if its gradient keeps insisting. With large
 # weights a single detail can decide everything, as in a rule that fits one line of the training
-# text and no other.
+# text and no other. With small ones, many details must agree.
 
 
 def make_optimizer(total_steps):
@@ -1116,10 +1117,11 @@ def make_optimizer(total_steps):
     def is_decayed(name, weight):
         return name.startswith("blocks") and weight.ndim == 2
 
-    # bias_correction: m and v both start at 0, but m catches up sooner. In the first step m and
-    # sqrt(v) fall short alike, but from the second on, for a while, m / sqrt(v) would be up to 2.1
-    # times as large as it should be. The correction scales both of them up to their proper size.
-    # (It has nothing to do with the biases of a layer.)
+    # bias_correction: m and v both start at 0, so at first both are too small. v takes longer to
+    # catch up, and while it lags, m / sqrt(v) would be up to 2.1 times as large as it should be.
+    # The correction scales both of them up to their proper size. (In the very first step the two
+    # faults cancel, so it does not replace the warmup. And it has nothing to do with the biases of
+    # a layer.)
     betas = [beta1, beta2]
     decayed = optim.AdamW(learning_rate, betas, weight_decay=weight_decay, bias_correction=True)
     others = optim.AdamW(learning_rate, betas, weight_decay=0.0, bias_correction=True)
@@ -1151,9 +1153,10 @@ def make_optimizer(total_steps):
 #     parameters, m, v, step count   do change: they are in the list `state` below
 #     random numbers                 do change, for the same reason
 #
-# While you experiment inside step, end make_step with a plain `return step`. Then step is ordinary
-# Python again. If a compiled step fails while MLX records it, the parameters may be left as mere
-# placeholders, without numbers. That model is lost; make a new one, as each call of train() does.
+# (So the schedule does go on, as it follows the step count.) While you experiment inside step, end
+# make_step with a plain `return step`. Then step is ordinary Python again. If a compiled step fails
+# while MLX records it, the parameters may be left as mere placeholders, without numbers. That model
+# is lost; make a new one, as each call of train() does.
 #
 # And if you have several Macs? They can train one model together. mlx.launch starts this program on
 # each of them (see the README), each finds the gradient for its own rows of a batch, and the mean
@@ -1448,7 +1451,7 @@ def one_line(text):
 #   therefore occur in the training text. With --look, a bar stands for a token, not for a
 #   character.
 # - To train on several texts, split each of them, and join the parts. Otherwise the validation set
-#   is the end of the last text.
+#   is the end of the last text. (train_part is then the beginning of the first text alone.)
 # - To stop at a certain character, return from the loop in continue_text.
 #
 # The training:
