@@ -1576,24 +1576,6 @@ def print_settings(tokenizer, settings):
     print("After the first epoch, you can stop the run with Ctrl-C, and go on with --resume.")
 
 
-def report(title, train_loss, val_loss, model, tokenizer):
-    """Prints the losses, what the model writes now, and a warning if it sees the future. Leaves the
-    model in eval mode."""
-    perplexity = mx.exp(val_loss).item()  # for 1000, math.exp would raise an error
-    losses = f"{title} | train = {train_loss:.4f} | val = {val_loss:.4f}"
-    # The spaces wipe out the line that Progress, below, has left on the screen.
-    print(f"{losses} | perplexity {perplexity:.3g}".ljust(WIDTH))
-    show_line(model, tokenizer)
-    if sees_the_future(model):
-        print(" " * 10 + "Warning: this model sees the future, so its losses mean nothing.")
-
-
-def show_line(model, tokenizer):
-    """Prints a line of text that the model writes now. Sets eval mode and the random seed."""
-    text = "".join(continue_text(model, tokenizer, "", WIDTH - 10))
-    print((" " * 10 + one_line(text))[:WIDTH], flush=True)  # cut, if your tokens are longer
-
-
 class Progress:
     """Prints once a second how far the training has come, always on the same line."""
 
@@ -1629,6 +1611,24 @@ def check_finite(loss):
     if not math.isfinite(loss):
         raise UserError(f"the loss is {loss}. Lower lr, or, if it was {loss} from the start, look "
                         f"for a mistake in your last edit")
+
+
+def report(title, train_loss, val_loss, model, tokenizer):
+    """Prints the losses, what the model writes now, and a warning if it sees the future. Leaves the
+    model in eval mode."""
+    perplexity = mx.exp(val_loss).item()  # for 1000, math.exp would raise an error
+    losses = f"{title} | train = {train_loss:.4f} | val = {val_loss:.4f}"
+    # The spaces wipe out the line that Progress has left on the screen.
+    print(f"{losses} | perplexity {perplexity:.3g}".ljust(WIDTH))
+    show_line(model, tokenizer)
+    if sees_the_future(model):
+        print(" " * 10 + "Warning: this model sees the future, so its losses mean nothing.")
+
+
+def show_line(model, tokenizer):
+    """Prints a line of text that the model writes now. Sets eval mode and the random seed."""
+    text = "".join(continue_text(model, tokenizer, "", WIDTH - 10))
+    print((" " * 10 + one_line(text))[:WIDTH], flush=True)  # cut, if your tokens are longer
 
 
 # Weights are written to a file in a temporary folder, and when the file is complete, it is moved
