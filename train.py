@@ -1285,7 +1285,7 @@ def train(resume=False):
         for x, y in get_batches(train_tokens, ctx_len, batch_size, rng):
             loss = step(x, y)
             # Start computing, and do not wait. (Asked only for the loss, MLX would put off the new
-            # parameters, and the graph would grow.)
+            # parameters until the next step needs them.)
             mx.async_eval(loss, model.state, optimizer.state)
             progress.update(loss)
             if progress.step == 500:  # an early look; for more such looks, see section 12
@@ -1743,8 +1743,8 @@ def previous_run_on(checksum):
 
 
 def on_two_cores(one_core_loss):
-    """Returns a function that computes the same loss, but half of the rows of each batch on a
-    second CPU core. The loss must be a mean over rows.
+    """Returns a function that computes the same loss, but handles half of the rows of each batch on
+    a second CPU core. The loss must be a mean over rows.
 
     MLX puts operations into a queue, called a stream, and on a CPU each stream has a thread that
     computes them. So all it takes is a second stream. Operations made under mx.stream(...) go
