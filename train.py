@@ -1190,8 +1190,8 @@ def make_step(model, optimizer):
         optimizer.update(model, grads)
         return loss
 
-    # All arrays that step reads or changes, apart from x and y: two dicts and a list that hold
-    # them. In each call, the compiled step takes the current values from these very objects, and
+    # Three objects, two dicts and a list, hold all arrays that step reads or changes (apart from x
+    # and y). In each call, the compiled step takes the current values from these very objects, and
     # puts the new ones into them, so do not replace one of them afterward. (model.parameters()
     # would not do, as it returns a new dict each time.)
     state = [model.state, optimizer.state, mx.random.state]
@@ -1290,7 +1290,7 @@ def train(resume=False):
             progress.update(loss)
             if progress.step == 500:  # an early look; for more such looks, see section 12
                 show_line(model, tokenizer)
-                model.train()  # dropout on again (a compiled step has it on anyway)
+                model.train()  # dropout on again, in case step is not compiled
 
         train_loss, val_loss = evaluate(model, train_part), evaluate(model, val_tokens)
         check_finite(val_loss)
@@ -1517,7 +1517,7 @@ def resume_run(model, optimizer, settings):
     differ), or is finished.
     """
     saved, notes = load(CHECKPOINT)  # model and optimizer; settings and history
-    # .get, since a file from save_model, if somebody copied it to CHECKPOINT, has no settings.
+    # A file without settings (from save_model, say) gets {}, so that all settings count as changed.
     changed = changes(notes.get("settings", {}), settings, except_for=["num_epochs", *SAMPLING])
     if changed:
         raise UserError(f"changed since that run: {', '.join(changed)}. Undo this, or start over")
@@ -1557,7 +1557,8 @@ def check_machines_agree(plan):
     unequal shares is not the mean of all rows.
     """
     checksum = mx.array([zlib.crc32(json.dumps(plan).encode())], dtype=mx.uint32)  # (1,)
-    checksums = mx.distributed.all_gather(checksum, group=all_machines())  # (machines,): of each
+    # One from each machine:
+    checksums = mx.distributed.all_gather(checksum, group=all_machines())  # (machines,)
     if mx.any(checksums != checksum):
         raise UserError("the machines differ in input.txt, in their settings, or in a checkpoint")
     if batch_size % len(checksums) != 0:
@@ -1646,8 +1647,9 @@ def save_epoch(model, optimizer, tokenizer, settings, history):
     """Saves the model, if it is the best so far, and then the checkpoint.
 
     A new run removes the old checkpoint before it saves MODEL. If it is killed between the two
-    saves of its first epoch, there is then no checkpoint, rather than one of the old run, whose
-    best weights are no longer in MODEL. In a later epoch, --resume would repeat that epoch.
+    saves of its first epoch, there is then no checkpoint, rather than that of the old run, which
+    --resume would continue although its best weights are no longer in MODEL. If that happens in a
+    later epoch, the checkpoint is still that of the epoch before, and --resume repeats the epoch.
     """
     if all_machines().rank() > 0:  # only the first machine writes files
         return
@@ -1746,9 +1748,10 @@ def on_two_cores(one_core_loss):
     """Returns a function that computes the same loss, but handles half of the rows of each batch on
     a second CPU core. The loss must be a mean over rows.
 
-    MLX puts operations into a queue, called a stream, and on a CPU each stream has a thread that
-    computes them. So all it takes is a second stream. Operations made under mx.stream(...) go
-    there, and so does what belongs to them in the backward pass. The sum at the end waits for both.
+    MLX puts operations into a queue, called a stream, and on a CPU each stream has a worker thread
+    of its own that computes them. So all it takes is a second stream. Operations made under
+    mx.stream(...) go there, and so does what belongs to them in the backward pass. The sum at the
+    end waits for both.
     """
     # Why not mx.new_stream? Such a stream works only in the Python thread that made it, here the
     # one that imports this file, so train() would fail when called in any other. A thread-local
@@ -1818,7 +1821,7 @@ def load_model_for(prompt):
     model, tokenizer = load_model(MODEL)
     try:
         tokenizer.encode(prompt)  # only to see whether it can
-    except KeyError as error:  # whose text is the character, in quotes
+    except KeyError as error:  # str(error) is the character, in quotes
         known = "".join(tokenizer.vocab[:100])
         raise UserError(f"the model does not know {error}. It knows {known!r}") from None
     return model, tokenizer
