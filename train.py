@@ -1190,10 +1190,10 @@ def make_step(model, optimizer):
         optimizer.update(model, grads)
         return loss
 
-    # Three objects, two dicts and a list, hold all arrays that step reads or changes (apart from x
-    # and y). In each call, the compiled step takes the current values from these very objects, and
-    # puts the new ones into them, so do not replace one of them afterward. (model.parameters()
-    # would not do, as it returns a new dict each time.)
+    # Three objects hold all arrays that step reads or changes (apart from x and y): two dicts, and
+    # a list for the random numbers. In each call, the compiled step takes the current values from
+    # these very objects, and puts the new ones into them, so do not replace one of them afterward.
+    # (mx.random.seed replaces none, but model.parameters() would be a new dict each time.)
     state = [model.state, optimizer.state, mx.random.state]
     return mx.compile(step, inputs=state, outputs=state)
 
@@ -1284,8 +1284,9 @@ def train(resume=False):
         model.train()  # dropout on
         for x, y in get_batches(train_tokens, ctx_len, batch_size, rng):
             loss = step(x, y)
-            # Start computing, and do not wait. (Asked only for the loss, MLX would put off the new
-            # parameters until the next step needs them.)
+            # Start computing, and do not wait, so that Python can go on with the next step. (Asked
+            # only for the loss, MLX would put off the new parameters until the next step needs
+            # them.)
             mx.async_eval(loss, model.state, optimizer.state)
             progress.update(loss)
             if progress.step == 500:  # an early look; for more such looks, see section 12
@@ -1646,10 +1647,10 @@ COMPLETIONS = "completions.txt"  # the text written at the end of a run
 def save_epoch(model, optimizer, tokenizer, settings, history):
     """Saves the model, if it is the best so far, and then the checkpoint.
 
-    A new run removes the old checkpoint before it saves MODEL. If it is killed between the two
-    saves of its first epoch, there is then no checkpoint, rather than that of the old run, which
-    --resume would continue although its best weights are no longer in MODEL. If that happens in a
-    later epoch, the checkpoint is still that of the epoch before, and --resume repeats the epoch.
+    Why remove the old checkpoint first? Suppose a new run is killed after it has saved MODEL, but
+    before it has saved a checkpoint. With the old checkpoint still there, --resume would go on with
+    the old run, whose best weights are no longer in MODEL. In later epochs there is no such danger:
+    the checkpoint is that of the epoch before, and --resume repeats the epoch.
     """
     if all_machines().rank() > 0:  # only the first machine writes files
         return
@@ -1748,8 +1749,8 @@ def on_two_cores(one_core_loss):
     """Returns a function that computes the same loss, but handles half of the rows of each batch on
     a second CPU core. The loss must be a mean over rows.
 
-    MLX puts operations into a queue, called a stream, and on a CPU each stream has a worker thread
-    of its own that computes them. So all it takes is a second stream. Operations made under
+    MLX puts operations into a queue, called a stream, and on a CPU each stream has a worker of its
+    own, which computes them. So all it takes is a second stream. Operations made under
     mx.stream(...) go there, and so does what belongs to them in the backward pass. The sum at the
     end waits for both.
     """
