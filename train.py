@@ -1491,8 +1491,7 @@ def check_settings(names):
     n_heads.
 
     names is SETTINGS for training, and SAMPLING for --sample and --look, where the sizes are those
-    of the saved model.
-    (Some other mistakes, such as dropout = 1, are reported by MLX or Python.)
+    of the saved model. (Some other mistakes, such as dropout = 1, are reported by MLX or Python.)
     """
     for name in names:
         value = globals()[name]

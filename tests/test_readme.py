@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import reference
 import train
-from helpers import (ROOT, SOURCE, TINY, agrees, epochs, forced, missing, module_from,
+from helpers import (ROOT, SOURCE, TINY, agrees, applied, epochs, forced, missing, module_from,
                      random_tokens, refused, with_settings)
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -29,14 +29,6 @@ def section(title, text=README):
 def block_after(marker):
     """The code in the block below an HTML comment."""
     return re.search(rf"^<!-- {re.escape(marker)} -->\n```\w+\n(.*?)^```", README, re.M | re.S)[1]
-
-
-def applied(edit, *arguments):
-    """What an edit of the source gives, if train.py still has the lines that it replaces."""
-    try:
-        return edit(*arguments)
-    except ValueError as error:
-        missing(str(error))
 
 
 # Edits

@@ -35,7 +35,7 @@ STEPS = 20 if mx.default_device() == mx.gpu else 2
 
 def module(source=SOURCE, small=False, two_cores=True):
     """A script like train.py as a module, with the settings of one of its models."""
-    source = re.sub(r"^small = .*", f"small = {small}", source, flags=re.M)
+    source = experiments.forced(source, small)
     if not two_cores:
         source, n = re.subn(r"^    loss_fn = on_two_cores\(.*$", "    pass", source, flags=re.M)
         if n != 1:

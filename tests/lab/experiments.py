@@ -34,6 +34,14 @@ def apply_diff(source, diff):
     return source
 
 
+def forced(source, small):
+    """The source with the settings of the small model, or of the default one. Raises ValueError."""
+    source, n = re.subn(r"^small = .*", f"small = {small}", source, flags=re.M)
+    if n != 1:
+        raise ValueError(f"train.py sets small in {n} lines")
+    return source
+
+
 def set_constants(source, lines):
     """The source with lines of Python put at the end of section 1. Raises ValueError."""
     mark = "# %% 2."
@@ -106,7 +114,7 @@ def main():
     arguments = parser.parse_args()
     original = (ROOT / "train.py").read_text(encoding="utf-8")
     if arguments.default:
-        original = re.sub(r"^small = .*", "small = False", original, flags=re.M)
+        original = forced(original, small=False)
     shipped = (ROOT / "input.txt").read_text(encoding="utf-8")
     if arguments.ladder:
         runs = {number: (source, shipped) for number, source in enumerate(ladder(original))}

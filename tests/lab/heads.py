@@ -20,15 +20,22 @@ def main(folder):
     model, tokenizer = train.load_model(folder / "model.safetensors")
     text = train.load_text(folder / "input.txt")
     _, tokens = train.split(np.array(tokenizer.encode(text)))
-    weights = []
-    for block in model.blocks:
-        block.attn.attn_dropout = lambda given: weights.append(np.array(given)) or given
+    recorded = []  # of each block, (B, n_heads, T, T)
+    attention_weights = train.attention_weights
+
+    def recording(q, k):
+        weights = attention_weights(q, k)
+        recorded.append(np.array(weights))
+        return weights
+
+    train.attention_weights = recording
     sums, count = 0, 0
     for x, _ in train.get_batches(tokens, model.config.ctx_len, 64):
-        weights.clear()
+        recorded.clear()
         model(x)
+        weights = np.stack(recorded)  # (n_layers, B, n_heads, T, T)
         for i in range(FIRST, x.shape[1]):
-            last = np.stack(weights)[:, :, :, i, i + 1 - FIRST : i + 1]  # (blocks, B, heads, 12)
+            last = weights[:, :, :, i, i + 1 - FIRST : i + 1]  # (n_layers, B, n_heads, 12)
             sums += last[..., ::-1].sum(axis=1)
             count += len(x)
     for block, head in np.ndindex(sums.shape[:2]):
