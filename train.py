@@ -7,8 +7,8 @@
 
 Show GPT-2 the beginning of a text, and it guesses what comes next. That is all it can do. But add
 the guess to the text and let it guess again, and again, and it writes. Ours guesses one character
-at a time. On a computer without a GPU we train a small model. Given nothing but a newline, it
-writes:
+at a time. On a computer without a GPU (but with two idle cores) we train a small model. Given
+nothing but a newline, it writes:
 
     untrained            uQv$?Mz &zsLMx3led,qOyxSH'⏎WUkApi:ikizTyBrFNW'.kJXXZbQviZicmMrM
     after 20 seconds     an dhe sand lith mulup, che ke o donow mup ik bre the ka  there!
@@ -21,10 +21,10 @@ What happens in those four minutes is not magic, and all of the model is in this
 for generative pre-trained transformer. A *transformer* is one kind of *neural network*, that is, a
 function with a great many adjustable numbers. Nearly all of them start out random, and what the
 untrained model writes looks it. We will build this function piece by piece, have it guess its way
-through a real text, and after each guess nudge every number in the direction that would have made
-the guess better. Our library is MLX, Apple's own. It works much like NumPy, but it can do two more
-things: it can use the graphics processor (GPU) of a Mac, and it can find those directions for us,
-all at once.
+through a real text, and every few guesses nudge all the numbers in the direction that would have
+made those guesses better. Our library is MLX, Apple's own. It works much like NumPy, but it can do
+two more things: it can use the graphics processor (GPU) of a Mac, and it can find those directions
+for us, all at once.
 
      1. Settings      5. Loss and learning      9. Generating text       13. The command line
      2. Data          6. Attention             10. Training
@@ -81,7 +81,7 @@ if not hasattr(mx.array, "mT"):  # the newest thing that this file uses
 # you want to play.
 #
 # Where a line has two values, the first is for the small model, which a computer without a GPU can
-# train in minutes, and the second for the default model.
+# train in minutes, and the second for the default model, which is what a GPU gets.
 
 small = mx.default_device() == mx.cpu  # or True, to get the small model on a GPU as well
 
@@ -151,8 +151,8 @@ def split(text):
 # *byte-pair encoding*, has 50,257 tokens, from single bytes to whole words, and an English text
 # needs far fewer of them than it has characters. "What is the court", whose last word we will
 # complete many times in this file, is four tokens there, and 17 here. But to learn what each of
-# 50,257 tokens means takes more text than we have. Characters are simpler, and the model cannot
-# tell the difference, since all it ever sees is numbers.
+# 50,257 tokens means takes more text than we have. Characters are simpler, and what the numbers
+# stand for makes no difference to the model.
 
 
 def build_vocab(text):
@@ -206,11 +206,11 @@ class CharTokenizer:
 # numbers, whose shape says how long it is along each of its axes: (B, T) means B rows of T numbers.
 # In an index, a colon takes everything along an axis: a[:, 0] is the first column.
 #
-# A whole pass over the training set is an *epoch*. If every epoch cut the text into rows at the
-# same places, then the same characters, the second and third of each row, would have to be
-# predicted from one or two others every time, since what stands before them belongs to another row.
-# So each epoch begins at one of the first T tokens, picked at random, and takes the rows in random
-# order.
+# A whole pass over the training set is an *epoch*. At the start of a row, the model has little to
+# go by: the second character must be predicted from the first alone, because what stands before
+# belongs to another row. If every epoch cut the text at the same places, this would always befall
+# the same characters. So each epoch begins at one of the first T tokens, picked at random, and
+# takes the rows in random order.
 #
 # NumPy (np) cuts the text, and MLX (mx) does the computing.
 
@@ -359,7 +359,7 @@ def toy_loss(w):
 #
 # A real model has a great many parameters, and a slope, or partial derivative, for each. All the
 # slopes together, in one long list, are the *gradient*. If we nudged one parameter at a time, a
-# single training step would mean running the default model some 600,000 times. *Backpropagation*
+# single training step would mean running the default model some 620,000 times. *Backpropagation*
 # gets the whole gradient for the price of about three runs: one forward, and one backward that
 # costs as much as two. It rests on the *chain rule*: if one number depends on another, and that on
 # a third, the slopes multiply.
@@ -699,11 +699,11 @@ class MLP(nn.Module):
 # 1/2, only 1/4096 of the gradient reaches the first one. But x + f(x) has the slope 1 + f'(x).
 # Thanks to the 1, part of the gradient passes every layer as if the layer were not there.
 #
-# What keeps the stream from growing, as layer after layer adds to it? Once training has begun,
-# nothing does. But it must not swamp what reads it. From ever longer vectors, for instance,
-# attention would compute ever larger scores, until softmax saturated. So what is read from the
-# stream first passes through a *LayerNorm*, which shifts and scales the numbers in each vector to
-# mean 0 and variance 1 (but for a tiny constant, which keeps it from dividing by 0):
+# As layer after layer adds to the stream, what keeps it from growing? Hardly anything, and it could
+# swamp what reads it. From ever longer vectors, for instance, attention would compute ever larger
+# scores, until softmax saturated. So what is read from the stream first passes through a
+# *LayerNorm*, which shifts and scales the numbers in each vector to mean 0 and variance 1 (but for
+# a tiny constant, which keeps it from dividing by 0):
 #
 #     x                                   1        2        6
 #     minus the mean, 3                  -2       -1        3
@@ -753,7 +753,7 @@ class Block(nn.Module):
 # that token's row of wte. So after "What is the cou", the model predicts "n" by making the vector
 # of the "u" resemble the row of "n". Using the same table at both ends is called *weight tying*; it
 # saves parameters and works well. The table has a row for each character of input.txt, and no
-# others, so a model cannot read a prompt with a character that it never met.
+# others, so a model cannot read a prompt with any other character.
 #
 # How should the parameters begin? If all were equal, all numbers in a vector would be equal, would
 # get equal gradients, and would stay equal forever, many numbers doing the work of one. The
@@ -854,7 +854,7 @@ def forward_pass(model, tokens):
     return model.ln_f(x) @ model.wte.weight.mT  # (B, T, vocab_size)
 
 
-# With the default settings and 65 characters, the parameters are
+# With 65 characters, the parameters of the default model are
 #
 #     wte          65 x 128                                    8,320
 #     wpe         128 x 128                                   16,384
@@ -1095,15 +1095,16 @@ def make_optimizer(total_steps):
     m / sqrt(v) is 1 or -1, however small g is, and each parameter would move by the full lr on the
     word of a single batch. During *warmup*, while m and v gather evidence, steps are kept short.
     And why does the rate fall? Near the goal the batches quarrel, and every parameter keeps jumping
-    around. Only a lower rate lets it settle. The drawing is made of two straight lines, and at each
-    step the lower one counts. One rises to lr during warmup. The other falls from lr at step 0 to 0
-    at the end. So they meet a little below lr, or, in a run of few steps, far below it; such a run
-    needs a shorter warmup.
+    around. A lower rate lets it settle.
+
+    The rate is the lower of two straight lines. One rises to lr during warmup. The other falls from
+    lr at step 0 to 0 at the end. So they cross a little below lr, or, in a run of few steps, far
+    below it; such a run needs a shorter warmup.
     """
 
-    # AdamW calls this with the number of the step, an mx.array, and wants an mx.array back. (Should
-    # you subtract something from that number, beware: it is unsigned, and wraps around below 0.)
-    # Many let the rate fall as half a cosine wave:
+    # AdamW calls this with the number of the step, an mx.array, and wants an mx.array back. (It is
+    # an unsigned integer: below 0 it would wrap around to a huge number.) Many let the rate fall as
+    # half a cosine wave:
     #     fall = (1 + mx.cos(math.pi * step / total_steps)) / 2
     # For a constant rate after the warmup: return lr * mx.minimum(rise, 1)
     def learning_rate(step):
@@ -1120,8 +1121,7 @@ def make_optimizer(total_steps):
     # bias_correction: m and v both start at 0, so at first both are too small. v takes longer to
     # catch up, and while it lags, m / sqrt(v) would be up to 2.1 times as large as it should be.
     # The correction scales both of them up to their proper size. (In the very first step the two
-    # faults cancel, so it does not replace the warmup. And it has nothing to do with the biases of
-    # a layer.)
+    # faults cancel, so warmup is needed all the same. And the biases of layers are another matter.)
     betas = [beta1, beta2]
     decayed = optim.AdamW(learning_rate, betas, weight_decay=weight_decay, bias_correction=True)
     others = optim.AdamW(learning_rate, betas, weight_decay=0.0, bias_correction=True)
@@ -1167,10 +1167,9 @@ def make_optimizer(total_steps):
 
 def all_machines():
     """The group of machines that train together, usually only this one. Its size() is how many
-    there are, and its rank() is the number of this one, from 0. Each call returns the same
-    group."""
-    # A backend is a way to connect the machines. In a ring, each talks to the next. Left to choose,
-    # MLX would start other backends as well, such as MPI, some versions of which then hang.
+    there are, and its rank() is the number of this one, from 0. Each call gives the same group."""
+    # In a ring, each machine talks to the next. If we let MLX choose the way to connect them, it
+    # tries others as well, one of which (MPI) hangs on some computers.
     return mx.distributed.init(backend="ring")
 
 
@@ -1191,9 +1190,9 @@ def make_step(model, optimizer):
         return loss
 
     # Three objects hold all arrays that step reads or changes (apart from x and y): two dicts, and
-    # a list for the random numbers. In each call, the compiled step takes the current values from
-    # these very objects, and puts the new ones into them, so do not replace one of them afterward.
-    # (mx.random.seed replaces none, but model.parameters() would be a new dict each time.)
+    # a list for the random numbers. In each call, the compiled step takes the current values out of
+    # these objects, and puts the new values into them. So do not make another dict take the place
+    # of one of them afterward. (mx.random.seed, for one, only puts a new value into the list.)
     state = [model.state, optimizer.state, mx.random.state]
     return mx.compile(step, inputs=state, outputs=state)
 
@@ -1233,19 +1232,21 @@ class UserError(Exception):
 #     Epoch 2 | train = 1.5241 | val = 1.5339 | perplexity 4.64
 #               word not call to spamer, and he sleam, swith a strace keep the Ling.⏎
 #
-# Watch it learn. The first loss lies where it must, close to 4.17. After 500 steps, when a line of
-# text comes without losses, it has found out about spaces, vowels, and the length of words. After
-# one epoch it has beaten n = 3, and knows that in a play, a speech begins with a name, mostly in
-# capitals, and a colon. In the end it is close to n = 4. (How can the loss, after epoch 0, be lower
-# on the text that the model has not read? The two texts come from different plays, and one may be a
-# little easier.) Nobody has told it any of this. All it ever got was the next character.
+# Watch it learn. The first loss lies where it must, close to 4.17. After 500 steps, when train()
+# prints a line of text but no losses, it has found out about spaces, vowels, and the length of
+# words. After one epoch it has beaten n = 3, and knows that in a play, a speech begins with a name,
+# mostly in capitals, and a colon. In the end it is close to n = 4. (How can the loss, after epoch
+# 0, be lower on the text that the model has not read? The two texts come from different plays, and
+# one may be a little easier.) Nobody has told it any of this. All it ever got was the next
+# character.
 #
 # And this is the run itself, from the file to the finished model. It calls some functions that you
 # have not met. Their names say what they do, and section 12 has them in much the same order.
 
 
 def train(resume=False):
-    """Trains a model on input.txt, with a checkpoint after each epoch. Returns each epoch's losses.
+    """Trains a model on input.txt, with a checkpoint after each epoch. Returns a dict for each
+    epoch: its losses, "train" and "val", and how many "minutes" it took.
 
     With resume=True, goes on with an interrupted run. Raises UserError, and what load_text raises.
     """
@@ -1263,13 +1264,12 @@ def train(resume=False):
     model = GPT(GPTConfig(vocab_size=len(tokenizer.vocab), ctx_len=ctx_len, n_emb=n_emb,
                           n_heads=n_heads, n_layers=n_layers, dropout=dropout))
     optimizer = make_optimizer(total_steps)
-    # This creates m and v, which resume_run may replace, and which make_step must find.
-    optimizer.init(model.trainable_parameters())
+    optimizer.init(model.trainable_parameters())  # creates m and v, all 0
     settings = collect_settings(text, model)
-    history = []  # for each epoch, its losses, and how many minutes it took
+    history = []
     if resume:
         history = resume_run(model, optimizer, settings)
-    check_machines_agree([settings, history])  # before any work, if there are several
+    check_machines_agree([settings, history])  # if there are several
     if not resume:
         print_settings(tokenizer, settings)
         report("Untrained", evaluate(model, train_part), evaluate(model, val_tokens),
@@ -1284,12 +1284,11 @@ def train(resume=False):
         model.train()  # dropout on
         for x, y in get_batches(train_tokens, ctx_len, batch_size, rng):
             loss = step(x, y)
-            # Start computing, and do not wait, so that Python can go on with the next step. (Asked
-            # only for the loss, MLX would put off the new parameters until the next step needs
-            # them.)
+            # Start computing all this, but do not wait, so that Python can meanwhile prepare the
+            # next step.
             mx.async_eval(loss, model.state, optimizer.state)
             progress.update(loss)
-            if progress.step == 500:  # an early look; for more such looks, see section 12
+            if progress.step == 500:  # an early look; the README has a diff for more of them
                 show_line(model, tokenizer)
                 model.train()  # dropout on again, in case step is not compiled
 
@@ -1336,9 +1335,24 @@ def train(resume=False):
 # four characters before.
 #
 # We gave it queries and keys made of random numbers. Out of these, following slopes downhill, it
-# has built the very thing that section 5 called hard to beat: it has reinvented the n-gram. Only
-# head 5 has other interests, far back in the line. With more blocks, heads attend to what other
-# heads have found, and the picture is not so easy to read.
+# has built much the same thing that section 5 called hard to beat: it has all but reinvented the
+# n-gram. Only head 5 has other interests, far back in the line. With more blocks, heads attend to
+# what other heads have found, and the picture is not so easy to read.
+
+
+def bars(shares):
+    """One bar for each share: blank for 0 or nearly 0, full for nearly 1 and above.
+
+    >>> bars([0.1, 0.5, 1.0])
+    '▁▄█'
+    """
+    return "".join(" ▁▂▃▄▅▆▇█"[round(8 * min(share, 1))] for share in shares)
+
+
+def one_line(text):
+    """The text with newlines shown as ⏎, and without characters that would move the cursor."""
+    text = text.replace("\n", "⏎")
+    return "".join(char if char.isprintable() else " " for char in text)
 
 
 def look(model, tokenizer, prompt):
@@ -1382,21 +1396,6 @@ def look(model, tokenizer, prompt):
         print(f"next {tokenizer.vocab[token]!r}".ljust(18) + f"{p:.2f} {'█' * round(50 * p)}")
 
 
-def bars(shares):
-    """One bar for each share: blank for 0 or nearly 0, full for nearly 1 and above.
-
-    >>> bars([0.1, 0.5, 1.0])
-    '▁▄█'
-    """
-    return "".join(" ▁▂▃▄▅▆▇█"[round(8 * min(share, 1))] for share in shares)
-
-
-def one_line(text):
-    """The text with newlines shown as ⏎, and without characters that would move the cursor."""
-    text = text.replace("\n", "⏎")
-    return "".join(char if char.isprintable() else " " for char in text)
-
-
 # This is where the lesson ends. What should you do now? Change something, and before you run it,
 # guess what it will do. The README has experiments, and tested diffs for what today's models do
 # differently (RMSNorm, no biases, rotary positions, SwiGLU, grouped queries, Muon). The next
@@ -1417,17 +1416,18 @@ def one_line(text):
 # and Wolf, 2016. Adam: Kingma and Ba, 2014. AdamW: Loshchilov and Hutter, 2017. Top-k sampling: Fan
 # et al., 2018. Modified Kneser-Ney smoothing: Chen and Goodman, 1998.
 #
-# Below are the functions that train() and main() call, roughly in order of appearance. They hold
-# nothing new about GPT. But first, a few things that will save you trouble when you change anything
-# above.
+# Below is what train() calls, roughly in order of appearance. It holds nothing new about GPT. But
+# first, a few things that will save you trouble when you change anything above. (Four larger edits,
+# each with traps of its own, are in the README, ready and tested: losses and weights every 500
+# steps, gradient accumulation for batches that do not fit into memory, bfloat16, and a script that
+# tries several learning rates.)
 #
 # The model:
 #
-# - A new size must be added in three places: the settings, GPTConfig (as its last field, with a
-#   default that leaves the model as it was, so that older files still load; if that would be
-#   another size, such as n_heads, let the default be None), and the call to GPTConfig in train().
-#   If 0 makes no sense, add its name to AT_LEAST_1, below. Then check whether `parameters`, in the
-#   first lines of a run, is what it should be.
+# - A new size belongs in the settings, in GPTConfig (as its last field, with a default that leaves
+#   the model as it was, so that older files still load), in the call to GPTConfig in train(), and,
+#   if it cannot be 0, in AT_LEAST_1, below. Then check whether `parameters`, in the first lines of
+#   a run, is what it should be.
 # - init_weight goes by name. In a layer of your own, call matrices and gains `weight` and biases
 #   `bias`. (An array called `weight` that has a single axis begins as all ones. So an nn.PReLU, a
 #   ReLU whose left half has a learned slope, would begin as a straight line. Give it a rule of its
@@ -1435,13 +1435,6 @@ def one_line(text):
 # - For rotary positions (RoPE), rotate q and k just before the line that uses the cache. Their
 #   first position is cache.offset, or 0 without a cache. Validation uses no cache, so a wrong
 #   offset spoils only what the model writes; the doctest of KVCache would catch it.
-# - The model computes in float32, good for about seven digits (though some GPUs round numbers to
-#   three digits before they multiply them, unless MLX_ENABLE_TF32=0 is set). Large models compute
-#   in bfloat16, which has not even three digits: 1 + 0.001 is still 1. So only loss and gradient
-#   can be found in it. In step, put a bfloat16 copy of the weights into the model, with
-#   model.update, for loss_and_grad alone, and then the float32 weights again. Cast the gradient to
-#   float32 before it is clipped, since AdamW computes 1 - lr * weight_decay in the type of the
-#   gradient. And in loss_fn, cast the logits to float32.
 # - Some doctests hold only for a GPT-2 whose tokens are single characters. Once you have another
 #   model, they may fail, and rightly so.
 #
@@ -1457,29 +1450,28 @@ def one_line(text):
 #
 # The training:
 #
-# - To try several values of a setting, write a script that begins with `import train` (not `from
-#   train import train`). For each value, set train.lr, say, to a Python number (not one of
-#   NumPy's), and also the file names, train.MODEL and so on (otherwise each run replaces the files
-#   of the last one; those of weights must end in .safetensors). Then call train.train(), which
-#   returns the losses, or raises train.UserError if a run diverges. Setting train.small comes too
-#   late: set the sizes.
-# - A loss_fn of your own must be a mean over rows, since on_two_cores, below, takes the mean of two
-#   halves.
-# - In mid-epoch, save with save_model, under a file name of your own that ends in .safetensors,
-#   since save_epoch moves and overwrites MODEL. Add nothing to `history`, which has one entry for
-#   each epoch. show_line and report set the random seed. So with dropout, call
-#   mx.random.seed(progress.step) after each of these calls, or dropout strikes the same places each
-#   time. (train() looks only once, so it need not.)
-# - optim.Muon, the optimizer of the README's last step, adds its weight decay to the gradient,
-#   where it does harm, so set it to 0.
-# - For batches that do not fit into memory, find the gradient in parts (gradient accumulation). In
-#   step, before average_gradients, call loss_and_grad on equal parts of the rows, add up the
-#   gradients, total = tree_map(mx.add, total, grads), with tree_map from mlx.utils, and divide by
-#   the number of parts. Do the same with the losses. As MLX is lazy, nothing tells it to finish one
-#   part before it begins the next, and then little memory is saved. So make each part depend on the
-#   sum so far. After x = mx.depends([x], [g for _, g in tree_flatten(total)])[0], x is what it was,
-#   but is available only once `total` has been computed. And give evaluate smaller batches.
+# - If you change loss_fn, it must remain a mean over rows, since on_two_cores, below, takes the
+#   mean of two halves. evaluate uses it as well. To change the training alone, give another
+#   function to value_and_grad in make_step.
+# - show_line and report set the random seed. If you call them again and again in mid-epoch, set
+#   another seed after each call, or dropout strikes the same places each time. And save there with
+#   save_model, not with save_epoch, which moves and overwrites MODEL.
+# - All numbers are float32, good for about seven digits. (Some GPUs multiply matrices with only
+#   three, unless MLX_ENABLE_TF32=0 is set.) Large models compute in bfloat16, which has not even
+#   three, so 1 + 0.001 is still 1. A gain of 1 that should move in such small steps would not move
+#   at all, so the weights themselves are kept in float32.
+# - optim.Muon, the optimizer of the README's last step, has another kind of weight decay, which
+#   made things worse here. Set it to 0.
+# - In a script, write `import train` (not `from train import train`), set train.lr, say, and call
+#   train.train(), in which step is compiled anew. Setting train.small comes too late, since it has
+#   already chosen the sizes: set those.
 
+
+MODEL = "model.safetensors"  # the best weights of this run
+PREVIOUS = "previous.safetensors"  # what MODEL was before this run
+CHECKPOINT = "checkpoint.safetensors"  # what --resume needs
+RUN_LOG = "runs.jsonl"  # a line for each finished run
+COMPLETIONS = "completions.txt"  # the text written at the end of a run
 
 AT_LEAST_1 = ["ctx_len", "n_emb", "n_heads", "n_layers", "num_epochs", "batch_size",
               "max_new_tokens", "top_k"]  # all other settings that are numbers: at least 0
@@ -1496,7 +1488,7 @@ def check_settings(names):
     for name in names:
         value = globals()[name]
         least = 1 if name in AT_LEAST_1 else 0
-        if isinstance(value, (int, float)) and not value >= least:  # < would let nan pass
+        if isinstance(value, (int, float)) and value < least:
             raise UserError(f"{name} = {value} must be at least {least}")
     if "n_heads" in names and n_emb % n_heads != 0:
         raise UserError(f"n_emb = {n_emb} must be a multiple of n_heads = {n_heads}")
@@ -1513,11 +1505,11 @@ def collect_settings(text, model):
 def resume_run(model, optimizer, settings):
     """Restores model and optimizer from CHECKPOINT. Returns the history of that run.
 
-    Raises UserError if that run had another text or other settings (num_epochs and SAMPLING may
-    differ), or is finished.
+    Raises UserError if that run had another text or other settings, or is finished. SAMPLING may
+    differ, and so may num_epochs: the learning rate then goes on as in a run of that length.
     """
     saved, notes = load(CHECKPOINT)  # model and optimizer; settings and history
-    # A file without settings (from save_model, say) gets {}, so that all settings count as changed.
+    # {} is for a file that is no checkpoint and has no settings.
     changed = changes(notes.get("settings", {}), settings, except_for=["num_epochs", *SAMPLING])
     if changed:
         raise UserError(f"changed since that run: {', '.join(changed)}. Undo this, or start over")
@@ -1557,7 +1549,7 @@ def check_machines_agree(plan):
     unequal shares is not the mean of all rows.
     """
     checksum = mx.array([zlib.crc32(json.dumps(plan).encode())], dtype=mx.uint32)  # (1,)
-    # One from each machine:
+    # Each machine gets the checksums of all, and compares them with its own.
     checksums = mx.distributed.all_gather(checksum, group=all_machines())  # (machines,)
     if mx.any(checksums != checksum):
         raise UserError("the machines differ in input.txt, in their settings, or in a checkpoint")
@@ -1583,16 +1575,15 @@ class Progress:
     def __init__(self, step, total_steps):
         self.step = step  # steps made so far, some of them perhaps before a --resume
         self.total_steps = total_steps
-        self.first_step = step + 1  # MLX compiles during this step, so the clock starts after it
+        self.first_step = step + 1
 
     def update(self, loss):
         """Counts a step. Once a second, also checks and prints its loss, a scalar array. Raises
         UserError if the loss is nan or infinite."""
         self.step += 1
         now = time.perf_counter()  # seconds
-        if self.step == self.first_step:
+        if self.step == self.first_step:  # MLX compiled during this step, so the clock starts now
             self.started = self.last_print = now
-        # In the first step, now equals last_print, so this returns, and nothing below divides by 0.
         if now - self.last_print < 1:
             return
         self.last_print = now
@@ -1617,7 +1608,7 @@ def check_finite(loss):
 def report(title, train_loss, val_loss, model, tokenizer):
     """Prints the losses, what the model writes now, and a warning if it sees the future. Leaves the
     model in eval mode."""
-    perplexity = mx.exp(val_loss).item()  # for 1000, math.exp would raise an error
+    perplexity = mx.exp(val_loss).item()  # inf if the loss is huge; math.exp would raise an error
     losses = f"{title} | train = {train_loss:.4f} | val = {val_loss:.4f}"
     # The spaces wipe out the line that Progress has left on the screen.
     print(f"{losses} | perplexity {perplexity:.3g}".ljust(WIDTH))
@@ -1632,24 +1623,12 @@ def show_line(model, tokenizer):
     print((" " * 10 + one_line(text))[:WIDTH], flush=True)  # cut, if your tokens are longer
 
 
-# Weights are written to a file in a temporary folder, and when the file is complete, it is moved
-# into place. So the three files of weights are never half written, even if a run is killed while
-# saving, or two runs save at once.
-
-MODEL = "model.safetensors"  # the best weights of this run
-PREVIOUS = "previous.safetensors"  # what MODEL was before this run
-CHECKPOINT = "checkpoint.safetensors"  # what --resume needs
-RUN_LOG = "runs.jsonl"  # a line for each finished run
-COMPLETIONS = "completions.txt"  # the text written at the end of a run
-
-
 def save_epoch(model, optimizer, tokenizer, settings, history):
     """Saves the model, if it is the best so far, and then the checkpoint.
 
-    Why remove the old checkpoint first? Suppose a new run is killed after it has saved MODEL, but
-    before it has saved a checkpoint. With the old checkpoint still there, --resume would go on with
-    the old run, whose best weights are no longer in MODEL. In later epochs there is no such danger:
-    the checkpoint is that of the epoch before, and --resume repeats the epoch.
+    After the first epoch of a new run, MODEL and CHECKPOINT are still those of an earlier run. The
+    old checkpoint is removed before anything is saved: if we were killed between the two saves, it
+    would stand beside the new model, and --resume would mix the two runs.
     """
     if all_machines().rank() > 0:  # only the first machine writes files
         return
@@ -1672,8 +1651,9 @@ def save(path, tree, notes):
     """
     path = Path(path).resolve()
     arrays = dict(tree_flatten(tree))
-    # The temporary folder is beside the final file, on the same disk, so moving the file out of it
-    # is only a renaming.
+    # Write into a temporary folder, and move the file into place when it is complete. So the file
+    # at path is never half written, even if we are killed, or two runs save at once. (The folder is
+    # beside that file, on the same disk, where moving is only renaming.)
     with tempfile.TemporaryDirectory(prefix="unfinished-", dir=path.parent) as folder:
         unfinished = os.path.join(folder, path.name)
         try:
@@ -1704,10 +1684,10 @@ def load_model(path):
         config = GPTConfig(**notes["config"])  # the entries of the dict become the arguments
         model = GPT(config)
         model.load_weights(tree_flatten(weights))  # refuses other names and shapes
-    except (KeyError, TypeError, ValueError):  # no config, one of another form, other weights
+        model.eval()
+        return model, CharTokenizer(notes["vocab"])
+    except (KeyError, TypeError, ValueError):
         raise UserError(f"{path} does not match train.py: undo edits, or train again") from None
-    model.eval()
-    return model, CharTokenizer(notes["vocab"])
 
 
 def finish(settings, history):
@@ -1745,17 +1725,14 @@ def previous_run_on(checksum):
 
 
 def on_two_cores(one_core_loss):
-    """Returns a function that computes the same loss, but handles half of the rows of each batch on
-    a second CPU core. The loss must be a mean over rows.
+    """Returns a function that computes the same loss, a mean over rows, on two CPU cores.
 
-    MLX puts operations into a queue, called a stream, and on a CPU each stream has a worker of its
-    own, which computes them. So all it takes is a second stream. Operations made under
+    MLX computes operations in the order in which they stand in a queue, called a stream. On a CPU,
+    each stream uses one core, so it takes a second stream to use another. Operations made under
     mx.stream(...) go there, and so does what belongs to them in the backward pass. The sum at the
     end waits for both.
     """
-    # Why not mx.new_stream? Such a stream works only in the Python thread that made it, here the
-    # one that imports this file, so train() would fail when called in any other. A thread-local
-    # stream is a separate one in each Python thread.
+    # An ordinary stream, mx.new_stream, could only be used in the thread that imports this file.
     second_stream = mx.new_thread_local_stream(mx.cpu)
 
     def two_core_loss(model, x, y):
@@ -1770,15 +1747,17 @@ def on_two_cores(one_core_loss):
     return two_core_loss
 
 
-if mx.default_device() == mx.cpu:  # a GPU needs no such help
-    loss_fn = on_two_cores(loss_fn)  # make_step and evaluate look the name up, and find this one
+# Python looks a name up each time it is used. So on a CPU, make_step and evaluate, which use the
+# name loss_fn, will get the two-core version. (A GPU needs no such help.)
+if mx.default_device() == mx.cpu:
+    loss_fn = on_two_cores(loss_fn)
 
 
 # %% 13. The command line
 
 
 def main():
-    """Does what the command line says. Shows a UserError or OSError on one line."""
+    """Does what the command line says. Shows errors that you can fix on one line."""
     parser = argparse.ArgumentParser(description="Without options: train GPT-2 on input.txt.")
     options = parser.add_mutually_exclusive_group()
     options.add_argument("--sample", metavar="TEXT", nargs="?", const="",  # alone, it means ""
@@ -1801,12 +1780,11 @@ def main():
             look(*load_model_for(arguments.look), arguments.look)
         else:
             train(arguments.resume)
-        # Send now what print still holds back, while a BrokenPipeError can be caught.
-        print(end="", flush=True)
+        print(end="", flush=True)  # the last of the text, which Python may have kept back so far
     except KeyboardInterrupt:  # Ctrl-C, perhaps in the middle of a line
         sys.exit("\ntrain.py: stopped")
     except BrokenPipeError:  # no one is reading anymore, as after: train.py --sample | head
-        sys.stdout = None  # otherwise Python would try to send the rest at exit, and complain
+        sys.stdout = None  # otherwise Python would try to print the rest when it exits
         sys.exit(1)
     except UnicodeDecodeError as error:
         sys.exit(f"train.py: input.txt is not UTF-8: {error}")

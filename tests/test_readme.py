@@ -1,6 +1,7 @@
 """The README: its edits apply and run, its code works, its figures are those of MEASUREMENTS.md."""
 
 import itertools
+import math
 import re
 import sys
 import types
@@ -8,12 +9,14 @@ import types
 import benchmark
 import experiments
 import mlx.core as mx
+import mlx.optimizers as optim
 import numpy as np
 import pytest
 import reference
 import train
-from helpers import (ROOT, SOURCE, TINY, agrees, applied, epochs, forced, missing, module_from,
-                     random_tokens, refused, with_settings)
+from helpers import (ROOT, SOURCE, TINY, agrees, applied, edited, epochs, forced, missing,
+                     module_from, named, random_tokens, refused, run_log, with_settings)
+from mlx.utils import tree_flatten
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 MEASUREMENTS = (ROOT / "tests" / "lab" / "MEASUREMENTS.md").read_text(encoding="utf-8")
@@ -74,6 +77,75 @@ def test_a_step_of_the_ladder(number, steps, folder, command):
     if number < 6:  # the last step changes only the optimizer
         assert "does not match" in refused(folder, command, "--sample", module=before)
     assert epochs(command("--resume", module=module)[0]) == [2]
+
+
+@pytest.fixture
+def larger():
+    """The sources after the larger edits, in tiny settings."""
+    return applied(experiments.larger, with_settings(SOURCE, **TINY))
+
+
+def test_losses_and_weights_every_500_steps(larger, folder, command, monkeypatch):
+    source = edited(larger[1], (r"progress\.step % 500", "progress.step % 5"))
+    module = module_from(with_settings(source, dropout=0.5))
+    make_step, steps = module.make_step, []
+
+    def make_noting_step(model, optimizer):
+        step = make_step(model, optimizer)
+
+        def noting(x, y):
+            steps.append((model.training, *mx.random.state[0].tolist()))
+            return step(x, y)
+
+        return noting
+
+    monkeypatch.setattr(module, "make_step", make_noting_step)
+    output, _ = command(module=module)
+    assert epochs(output) == [0, 1]
+    looks = re.findall(r"^Step (\d+) \| train = .* \| val = (\S+) \|", output, re.M)
+    assert [int(n) for n, _ in looks] == list(range(5, len(steps) + 1, 5))
+    assert all(training for training, *_ in steps)
+    assert len(set(steps)) == len(steps)  # dropout never gets the same random numbers again
+    model, tokenizer = module.load_model("step-5.safetensors")
+    tokens = module.split(np.array(tokenizer.encode(module.load_text())))[1]
+    assert f"{module.evaluate(model, tokens):.4f}" == looks[0][1]
+
+
+def descended(source, rate=1.0):
+    """The loss of a step of plain gradient descent, and by how much it moves the weights."""
+    module = module_from(source)
+    module.max_norm = 1e9
+    model = benchmark.new_model(module)
+    before, optimizer = named(model.parameters()), optim.SGD(rate)
+    optimizer.init(model.trainable_parameters())
+    rows = mx.array(random_tokens(8, 13))
+    loss = module.make_step(model, optimizer)(rows[:, :-1], rows[:, 1:])
+    moves = {name: after - before[name] for name, after in named(model.parameters()).items()}
+    return loss, moves
+
+
+@pytest.mark.parametrize("number, least, most", [(2, 0, 1e-5), (3, 1e-4, 3e-2)])
+def test_a_larger_edit_finds_the_same_gradient(number, least, most, larger, folder, command, watch):
+    assert epochs(command(module=module_from(larger[number]))[0]) == [0, 1]
+    clipped = watch(optim, "clip_grad_norm")
+    loss, moves = descended(larger[number])
+    assert {array.dtype for _, array in tree_flatten([loss, clipped[0][0]])} == {mx.float32}
+    wanted_loss, wanted = descended(with_settings(SOURCE, **TINY))
+    error = sum(np.sum((moves[name] - wanted[name])**2) for name in wanted)
+    error = math.sqrt(error / sum(np.sum(move**2) for move in wanted.values()))
+    assert abs(loss - wanted_loss).item() < most and least <= error < most
+    _, moves = descended(larger[number], rate=0.0)
+    assert not any(np.any(move) for move in moves.values())  # not even by rounding
+
+
+def test_several_learning_rates(folder, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "train", module_from(with_settings(SOURCE, **TINY)))
+    exec(compile(block_after("sweep.py"), "sweep.py", "exec"), {})
+    shown = re.findall(r"^lr = (\S+): (\S+)$", capsys.readouterr().out, re.M)
+    runs = run_log(folder)
+    assert shown == [(str(run["settings"]["lr"]), f"{run['history'][-1]['val']:.4f}")
+                     for run in runs] and len({loss for _, loss in shown}) == 3
+    assert all((folder.path / f"lr-{rate}.safetensors").is_file() for rate, _ in shown)
 
 
 def test_settings_in_the_readme_are_settings(monkeypatch):
@@ -150,16 +222,21 @@ def test_the_way_back(trained):
 
 
 def measured(title, *row):
-    """The last cell of the row of MEASUREMENTS.md that begins with these, in this section."""
+    """The row of MEASUREMENTS.md that begins with these, in this section."""
     lines = section(title, MEASUREMENTS).splitlines()
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
-    [found] = [each[-1] for each in cells if each[: len(row)] == list(row)]
+    [found] = [each for each in cells if each[: len(row)] == list(row)]
     return found
+
+
+def each_epoch(title, *row):
+    """The losses in such a row."""
+    return measured(title, *row)[-1].split(", ")
 
 
 def last(title, *row):
     """The loss after the last epoch in such a row."""
-    return measured(title, *row).split(", ")[-1]
+    return each_epoch(title, *row)[-1]
 
 
 def can_come_from(figure, losses):
@@ -182,7 +259,7 @@ def rows_of(title):
 
 def test_the_chart_shows_the_default_model():
     chart = re.search(r"^ +line \[(.*)\]$", README, re.M)[1].split(", ")
-    losses = measured("Losses", "default", "shipped", "0").split(", ")
+    losses = each_epoch("Losses", "default", "shipped", "0")
     assert all(can_come_from(shown, [loss]) for shown, loss in zip(chart, losses, strict=True))
 
 
@@ -209,9 +286,8 @@ def test_the_means_of_three_seeds():
     text = " ".join(README.split())
     means = re.search(r"means of three seeds are (\S+) and (\S+),", text).groups()
     assert can_come_from(means[0], [np.mean(small)]) and can_come_from(means[1], [np.mean(replica)])
-    shown = re.search(r"`seed = 1`, it gets (\S+)\. .* get (\S+) and (\S+)\.\)", text).groups()
-    lighter = [last("The replica", "larger, `weight_decay=0.1` (3)", seed) for seed in "01"]
-    assert all(map(can_come_from, shown, [[last("The replica", "larger", "1")], *zip(lighter)]))
+    larger = re.search(r"`seed = 1`, it gets (\S+)\.\)", text)[1]
+    assert can_come_from(larger, [last("The replica", "larger", "1")])
 
 
 def test_the_answers_have_the_losses_of_their_experiments():
@@ -253,16 +329,28 @@ def test_what_the_ladder_is_worth_in_the_default_model():
     text = section(LADDER).split("<details>")[0]
     pattern = r"GPT-2 gets (\S+), .* gets (\S+)\. .* GPT-2 gets (\S+), .* eighth, at (\S+),"
     shown = re.search(pattern, " ".join(text.split())).groups()
-    long = measured("The ladder", "all steps", "20").split(", ")
+    long = each_epoch("The ladder", "all steps", "20")
     assert long[7] == min(long)
     wanted = [last("The ladder", "GPT-2", "8"), last("The ladder", "all steps", "8"),
               last("Losses", "default", "shipped", "0"), long[7]]
     assert all(can_come_from(figure, [loss]) for figure, loss in zip(shown, wanted, strict=True))
 
 
+def test_the_figures_of_the_larger_edits():
+    text = " ".join(section("Larger edits").split())
+    memory = measured("Speed", "memory in training, at most, MiB")
+    assert re.search(r"takes (\d+) MiB instead of (\d+)", text).groups() == (memory[3], memory[1])
+    shown = re.search(r"gets (\S+) with it, and (\S+) with `seed = 1`", text).groups()
+    shown += re.search(r"It prints (\S+), (\S+), and (\S+)\. ", text).groups()
+    rows = [("bfloat16", "0"), ("bfloat16", "1"), ("`lr = 0.003`",), ("`lr = 0.01`",),
+            ("`lr = 0.03`",)]
+    wanted = [last("Larger edits", *row) for row in rows]
+    assert all(can_come_from(figure, [loss]) for figure, loss in zip(shown, wanted, strict=True))
+
+
 def test_the_run_that_is_shown():
     """The losses are those of the small model with the plain wheels, here and in the lesson."""
-    wanted = measured("Losses", "small, plain wheels", "shipped", "0").split(", ")
+    wanted = each_epoch("Losses", "small, plain wheels", "shipped", "0")
     for shown in (README, SOURCE):
         found = re.findall(r"Epoch \d \| train = \S+ \| val = (\S+) \|", shown)
         if shown is SOURCE and not found:

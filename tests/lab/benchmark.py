@@ -239,6 +239,7 @@ def main():
     show("Peak memory in training, MiB",
          {"train.py": peak_memory("ours(module())"),
           "train.py, not compiled": peak_memory("ours(module(), compiled=False)"),
+          "the gradient in four parts": peak_memory("ours(module(experiments.larger(SOURCE)[2]))"),
           plain: peak_memory("article(module(two_cores=False))")}, 0, "less", plain)
     turns = sampling(train)
     times = race(turns, arguments.seconds / 4)

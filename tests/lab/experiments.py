@@ -1,12 +1,13 @@
-"""Runs the experiments of README.md, or its ladder, on edited copies of train.py.
+"""Runs the experiments of README.md, its ladder, or its larger edits, on copies of train.py.
 
     python tests/lab/experiments.py                       all experiments, seed 0
     python tests/lab/experiments.py 3 8 --seeds 0 1       two of them, with two seeds each
     python tests/lab/experiments.py --ladder              "From GPT-2 to the models of today"
     python tests/lab/experiments.py --ladder 5 --default  its fifth step, with the default model
+    python tests/lab/experiments.py --larger 3            the third of the "Larger edits"
 
-Experiment 0, and step 0 of the ladder, are train.py as it is. Prints the validation losses of each
-run. tests/lab/MEASUREMENTS.md has the results.
+Number 0 is train.py as it is. Prints the validation losses of each run. tests/lab/MEASUREMENTS.md
+has the results.
 """
 
 import argparse
@@ -86,6 +87,12 @@ def ladder(source):
     return steps
 
 
+def larger(source):
+    """The source, by number, after each of the larger edits that are diffs."""
+    return {number: apply_diff(source, block)
+            for number, (language, block) in blocks("Larger edits").items() if language == "diff"}
+
+
 def run(source, text, title):
     """Trains by a script on a text, and prints the validation losses. The rest goes to stderr."""
     with tempfile.TemporaryDirectory() as folder:
@@ -109,6 +116,7 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("numbers", nargs="*", type=int, help="without any: all")
     parser.add_argument("--ladder", action="store_true")
+    parser.add_argument("--larger", action="store_true")
     parser.add_argument("--default", action="store_true", help="the default model")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     arguments = parser.parse_args()
@@ -118,6 +126,8 @@ def main():
     shipped = (ROOT / "input.txt").read_text(encoding="utf-8")
     if arguments.ladder:
         runs = {number: (source, shipped) for number, source in enumerate(ladder(original))}
+    elif arguments.larger:
+        runs = {number: (source, shipped) for number, source in larger(original).items()}
     else:
         runs = {0: (original, shipped)}
         for number, (language, block) in experiments().items():
