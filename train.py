@@ -17,14 +17,14 @@ nothing but a newline, it writes:
 Four minutes ago it could not tell a vowel from a dollar sign. A Mac's GPU gets a larger model,
 which takes longer, learns to spell, and even keeps to the meter now and then.
 
-What happens in those four minutes is not magic, and all of the model is in this file. GPT stands
+What happens in those four minutes is not magic, and you can read all of it in this file. GPT stands
 for generative pre-trained transformer. A *transformer* is one kind of *neural network*, that is, a
 function with a great many adjustable numbers. Nearly all of them start out random, and what the
-untrained model writes looks it. We will build this function piece by piece, have it guess its way
-through a real text, and every few guesses nudge all the numbers in the direction that would have
-made those guesses better. Our library is MLX, Apple's own. It works much like NumPy, but it can do
-two more things: it can use the graphics processor (GPU) of a Mac, and it can find those directions
-for us, all at once.
+untrained model writes looks it. We will build this function piece by piece and have it guess its
+way through a real text. After every few hundred guesses, we nudge each of its numbers in the
+direction that would have made those guesses better. Our library is MLX, Apple's own. It works much
+like NumPy, but it can do two more things: it can use the graphics processor (GPU) of a Mac, and it
+can find those directions for us, all at once.
 
      1. Settings      5. Loss and learning      9. Generating text       13. The command line
      2. Data          6. Attention             10. Training
@@ -103,10 +103,10 @@ seed = 0  # where the random numbers start: another seed, another run
 
 max_new_tokens = 1000  # length of the generated text, in characters
 temperature = 0.8  # 0: always the most likely character; 1: unchanged; above 1: bolder
-top_k = 40  # choose among the k most likely characters; try 5, or 1000 for all of them
+top_k = 40  # choose among the k most likely characters; try 5, or None for all of them
 
 # The names of all settings, so that they can be printed, logged, and compared with the settings of
-# earlier runs. A setting that you add above joins this list by itself, if its name begins with a
+# earlier runs. A setting that you add above joins this list by itself if its name begins with a
 # lowercase letter and its value is a number (0 or above), a switch (True or False), or a string.
 SETTINGS = [name for name, value in globals().items()
             if isinstance(value, (int, float, str)) and name[0].islower()]
@@ -120,8 +120,8 @@ SETTINGS = [name for name, value in globals().items()
 # How will we know whether the model has learned something about the language? If it has read a line
 # a thousand times, being able to recite it proves nothing. So it learns from only the first
 # nine-tenths of the text, the *training set*. The last tenth, the *validation set*, is held out,
-# and there we test it. A model that does well on what it has read, and badly on what it has not,
-# has merely memorized, which is called *overfitting*.
+# and there we test the model. A model that does well on what it has read, and badly on what it has
+# not, has merely memorized, which is called *overfitting*.
 
 
 def load_text(path="input.txt"):
@@ -207,10 +207,10 @@ class CharTokenizer:
 # In an index, a colon takes everything along an axis: a[:, 0] is the first column.
 #
 # A whole pass over the training set is an *epoch*. At the start of a row, the model has little to
-# go by: the second character must be predicted from the first alone, because what stands before
-# belongs to another row. If every epoch cut the text at the same places, this would always befall
-# the same characters. So each epoch begins at one of the first T tokens, picked at random, and
-# takes the rows in random order.
+# go by: the second character must be predicted from the first alone, because whatever came before
+# it belongs to another row. If every epoch cut the text at the same places, this would always
+# befall the same characters. So each epoch begins at one of the first T tokens, picked at random,
+# and takes the rows in random order.
 #
 # NumPy (np) cuts the text, and MLX (mx) does the computing.
 
@@ -280,14 +280,14 @@ def count_batches(tokens, ctx_len, batch_size):
 # number that you can picture, take exp(loss), the *perplexity*. At a loss of 1.5, the model is as
 # unsure as if it had to choose among exp(1.5) = 4.5 equally likely characters.
 #
-# And what is a good loss? Rolling a die with 65 sides gets ln 65 = 4.17. The classic rival is an
-# *n-gram model*, which has no neurons at all. It counts, in the training set, how often each
-# character followed each string of n - 1 characters. If "th" was followed by "e" 60 times out of
-# 100, then "e" gets about 0.6 after "th". Such a model is hard to beat, but it has a hole. A
-# character that never followed "th" would get p = 0 and an infinite loss. So smoothing (there are
-# many ways; ours is modified Kneser-Ney) takes a little probability from the characters that were
-# seen, and shares it among all, in the proportions that a shorter string suggests. On the shipped
-# text:
+# And what is a good loss? The shipped text has 65 different characters, and rolling a die with 65
+# sides gets ln 65 = 4.17. The classic rival is an *n-gram model*, which has no neurons at all. It
+# counts, in the training set, how often each character followed each string of n - 1 characters. If
+# "th" was followed by "e" 60 times out of 100, then "e" gets about 0.6 after "th". Such a model is
+# hard to beat, but it has a hole. A character that never followed "th" would get p = 0 and an
+# infinite loss. So smoothing (there are many ways; ours is modified Kneser-Ney) takes a little
+# probability from the characters that were seen, and shares it among all, in the proportions that a
+# shorter string suggests. On the shipped text:
 #
 #     n        1       2       3       4       5       6       7
 #     loss     3.24    2.36    1.83    1.51    1.38    1.34    1.33
@@ -540,7 +540,7 @@ def attention_weights(q, k):
 # deviation*, is their typical size.) Then each product has variance 1 as well, and because
 # variances of independent numbers add up, the sum of head_size products has variance head_size. (If
 # you have never met these two facts, a few lines of NumPy will confirm them.) Its typical size is
-# the root of that, sqrt(head_size). Now watch what this does to softmax, if one score is that large
+# the root of that, sqrt(head_size). Now watch what this does to softmax if one score is that large
 # and another is 0:
 #
 #     head_size              1        8        32       128
@@ -556,14 +556,15 @@ def attention_weights(q, k):
 # What we have now is one attention *head*. At each position it forms one average, so it can look
 # for one thing at a time: the letter before this one, perhaps, or where the word began, or who is
 # speaking. A good guess needs all three. So we let several heads, n_heads of them, work side by
-# side, each with its own queries, keys, and values of head_size = n_emb / n_heads numbers (in the
-# small model 56 / 7 = 8), and join what they find into n_emb numbers again. What the heads of a
-# trained model really look for, we will see in section 11.
+# side. Each has its own queries, keys, and values, of head_size = n_emb / n_heads numbers (in the
+# small model 56 / 7 = 8). Then we join what they find into n_emb numbers again. In section 11 we
+# will see what the heads of a trained model really look for.
 #
 # In MLX, each kind of part is a class derived from nn.Module, and each part is an object of that
-# class. Calling the object runs its __call__ method. One thing to know before you write your own: a
-# Module treats every array that you assign to an attribute as a parameter, and trains it. If it is
-# a constant, such as a mask or a table of sines, let its name begin with an underscore.
+# class. Calling the object runs its __call__ method. One thing to know before you write a class of
+# your own: a Module treats every array that you assign to an attribute as a parameter, and trains
+# it. If it is a constant, such as a mask or a table of sines, let its name begin with an
+# underscore.
 
 
 class MultiHeadAttention(nn.Module):
@@ -571,9 +572,9 @@ class MultiHeadAttention(nn.Module):
 
     It is called *self*-attention because queries, keys, and values all come from the same text. The
     query matrices of all heads stand side by side in one large matrix, which computes all queries
-    at once. They are then split by head, and so are keys and values. The @ operator works on the
-    last two axes of an array, and repeats this for all axes before them, so heads must come before
-    positions:
+    at once. The queries are then split by head, and so are keys and values. The @ operator works on
+    the last two axes of an array, and repeats this for all axes before them, so heads must come
+    before positions:
 
         (B, n_heads, T, head_size) @ (B, n_heads, head_size, T) = (B, n_heads, T, T)
 
@@ -638,7 +639,7 @@ class MultiHeadAttention(nn.Module):
 
 # A curiosity: the bias of k_proj has no effect whatever. The dot product of q with k + b is that of
 # q with k, plus that of q with b. The second one is the same for all scores in a row, and softmax
-# does not notice. GPT-2 has it all the same. Even the smallest GPT-2 carries 9,216 of these
+# does not notice. GPT-2 has this bias anyway. Even the smallest GPT-2 carries 9,216 of these
 # numbers, trained with care and good for nothing.
 
 # %% 7. MLP and block
@@ -651,10 +652,10 @@ class MultiHeadAttention(nn.Module):
 # nn.Linear), and between them lie 4 * n_emb numbers, the *hidden layer*.
 #
 # A linear layer can only add up evidence. It cannot say "a c counts only if a space comes before
-# it". Nor could two of them alone, because (x @ M) @ N is x @ (M @ N), and M @ N is just another
+# it." Nor could two of them alone, because (x @ M) @ N is x @ (M @ N), and M @ N is just another
 # matrix. Something whose graph is not a straight line must go between them: a *nonlinearity*, or
 # activation function. The simplest is *ReLU*, max(0, x). If c and s are each 0 or 1, then max(0,
-# c + s - 1) is 1 only if both are: a corner in the graph is enough to say "and". GPT-2 uses *GELU*,
+# c + s - 1) is 1 only if both are: a corner in the graph is enough to say "and." GPT-2 uses *GELU*,
 # which is much the same, but with the corner rounded off. It is x times the probability that a
 # random number from the bell curve (mean 0, variance 1) is below x.
 #
@@ -665,7 +666,7 @@ class MultiHeadAttention(nn.Module):
 # in capitals?") The first layer, c_fc, asks them all. GELU turns a clear no into nearly 0 and lets
 # a yes pass, and c_proj translates what was answered into a change to the vector.
 #
-# The factor of 4 is a convention, and so are the names: fc stands for "fully connected", and the c
+# The factor of 4 is a convention, and so are the names: fc stands for "fully connected," and the c
 # is how OpenAI's code marks its linear layers. That code also computes GELU by a formula that is
 # off by less than 0.0005. In MLX, the formula is called gelu_approx.
 
@@ -761,11 +762,11 @@ class Block(nn.Module):
 # around them keep things different.) And they begin small. Because the rows of wte are small, all
 # logits are small too, and at first no token is preferred by much. Equal logits would give each of
 # the V tokens the probability 1/V, and a loss of -ln(1/V) = ln V. That gives us a test: the first
-# loss must lie close to ln vocab_size. Usually it is a little higher. As the logits are not quite
-# equal, some tokens are preferred to others before anything has been learned, and as a rule that
-# costs more than it gains. Suppose two tokens are equally likely, and the model gives them 0.6 and
-# 0.4. Then the mean of -ln p is 0.714, and not ln 2 = 0.693. (A lucky model prefers tokens that are
-# frequent, and starts a little lower.) An honest beginner knows nothing, and says so.
+# loss must lie close to ln vocab_size. An honest beginner knows nothing, and says so. Usually the
+# first loss is a little higher. As the logits are not quite equal, some tokens are preferred to
+# others before anything has been learned, and as a rule that costs more than it gains. Suppose two
+# tokens are equally likely, and the model gives them 0.6 and 0.4. Then the mean of -ln p is 0.714,
+# and not ln 2 = 0.693. (A lucky model prefers tokens that are frequent, and starts a little lower.)
 
 
 class GPT(nn.Module):
@@ -787,8 +788,8 @@ class GPT(nn.Module):
     def init_weight(self, name, weight):
         """The initial value of a parameter, by its name, such as blocks.0.attn.c_proj.weight.
 
-        It replaces MLX's own initial values, and those of layers that you add. Raises ValueError
-        for a name that it has no rule for.
+        It replaces MLX's own initial values, including those of layers that you add. Raises
+        ValueError for a name that it has no rule for.
         """
         if name.endswith(".bias") and weight.ndim == 1:
             return mx.zeros_like(weight)
@@ -885,10 +886,10 @@ def count_parameters(model):
 
 # You will want to change the model, and see whether the loss gets better. But what if it gets
 # wonderful? Forget the mask, or one transpose, and positions see the answers. The model is quick to
-# find out, and reports a loss that no honest one could reach. This function notices, and it will be
-# called for each report that train() prints. (It cannot notice targets that are shifted the wrong
-# way, so that each is the token before. Then the model has only to copy, and the small model's loss
-# falls to 0.05.)
+# find out, and reports a loss that no honest model could reach. This function notices, and it will
+# be called for each report that train() prints. (Not all mistakes are of this kind. If the targets
+# are shifted the wrong way, so that each is the token before, then the model has only to copy, and
+# the small model's loss falls to 0.05.)
 
 
 def sees_the_future(model):
@@ -905,7 +906,7 @@ def sees_the_future(model):
     changed = mx.zeros_like(tokens)  # (1, ctx_len)
     changed[:, -1] = model.config.vocab_size - 1  # another last token
     change = mx.abs(model(changed) - model(tokens))  # (1, ctx_len, vocab_size)
-    return mx.any(change[:, :-1] > 0).item()  # no rounding: the same numbers give the same result
+    return mx.any(change[:, :-1] > 0).item()  # > 0: what does not depend on it is exactly equal
 
 
 # %% 9. Generating text
@@ -932,10 +933,10 @@ def sees_the_future(model):
 #     temperature 1      0.67   0.24   0.09
 #     temperature 2      0.51   0.31   0.19
 #
-# And then there is the long tail. Although each of the absurd tokens is unlikely, there are many of
-# them, and once one is drawn, the model must go on from an absurd text. *Top-k sampling* draws from
-# the k most likely tokens only. Among 65 characters, a k of 40 hardly matters, but among 50,257
-# tokens it does.
+# And then there is the long tail. At any point most tokens would be absurd. Each of them is
+# unlikely, but there are many, and once one is drawn, the model must go on from an absurd text.
+# *Top-k sampling* draws from the k most likely tokens only. Among 65 characters, a k of 40 hardly
+# matters, but among 50,257 tokens it does.
 
 
 def sample(logits, temperature=1.0, top_k=None):
@@ -1102,9 +1103,9 @@ def make_optimizer(total_steps):
     below it; such a run needs a shorter warmup.
     """
 
-    # AdamW calls this with the number of the step, an mx.array, and wants an mx.array back. (It is
-    # an unsigned integer: below 0 it would wrap around to a huge number.) Many let the rate fall as
-    # half a cosine wave:
+    # AdamW calls this with the number of the step, an mx.array, and wants an mx.array back. (The
+    # number is an unsigned integer: below 0 it would wrap around to a huge one.) It is common to
+    # let the rate fall along half a cosine wave:
     #     fall = (1 + mx.cos(math.pi * step / total_steps)) / 2
     # For a constant rate after the warmup: return lr * mx.minimum(rise, 1)
     def learning_rate(step):
@@ -1120,8 +1121,8 @@ def make_optimizer(total_steps):
 
     # bias_correction: m and v both start at 0, so at first both are too small. v takes longer to
     # catch up, and while it lags, m / sqrt(v) would be up to 2.1 times as large as it should be.
-    # The correction scales both of them up to their proper size. (In the very first step the two
-    # faults cancel, so warmup is needed all the same. And the biases of layers are another matter.)
+    # The correction scales both of them up to their proper size. (Bias means this fault here, and
+    # not the biases of a layer.)
     betas = [beta1, beta2]
     decayed = optim.AdamW(learning_rate, betas, weight_decay=weight_decay, bias_correction=True)
     others = optim.AdamW(learning_rate, betas, weight_decay=0.0, bias_correction=True)
@@ -1166,10 +1167,10 @@ def make_optimizer(total_steps):
 
 
 def all_machines():
-    """The group of machines that train together, usually only this one. Its size() is how many
-    there are, and its rank() is the number of this one, from 0. Each call gives the same group."""
-    # In a ring, each machine talks to the next. If we let MLX choose the way to connect them, it
-    # tries others as well, one of which (MPI) hangs on some computers.
+    """The group of machines that train together, usually this one alone. The group's size() is how
+    many there are, and its rank() is this one's number, from 0. Each call gives the same group."""
+    # In a ring, each machine talks to the next. If we left the choice to MLX, it would try other
+    # kinds of connection as well, one of which (MPI) hangs on some computers.
     return mx.distributed.init(backend="ring")
 
 
@@ -1184,21 +1185,21 @@ def make_step(model, optimizer):
         loss, grads = loss_and_grad(model, x[mine], y[mine])
         grads = nn.average_gradients(grads, machines)
         # *Gradient clipping*: if the gradient as a whole is longer than max_norm, it is scaled down
-        # to that length. Otherwise a single odd batch could dominate m and v for many steps.
+        # to that length. Without this, a single odd batch could dominate m and v for many steps.
         grads, _ = optim.clip_grad_norm(grads, max_norm)
         optimizer.update(model, grads)
         return loss
 
     # Three objects hold all arrays that step reads or changes (apart from x and y): two dicts, and
     # a list for the random numbers. In each call, the compiled step takes the current values out of
-    # these objects, and puts the new values into them. So do not make another dict take the place
-    # of one of them afterward. (mx.random.seed, for one, only puts a new value into the list.)
+    # these objects, and puts the new values into them. So if one of the objects is replaced
+    # afterward, step does not notice, and goes on with the old one.
     state = [model.state, optimizer.state, mx.random.state]
     return mx.compile(step, inputs=state, outputs=state)
 
 
-# How will we know when to stop? While the loss falls on both sets, keep going. If it still falls on
-# the training set but rises on the validation set, the model has begun to memorize, so use more
+# How will we know when to stop? While the loss falls on both sets, all is well. If it still falls
+# on the training set but rises on the validation set, the model has begun to memorize, so use more
 # text, more dropout or weight decay, or a smaller model. We keep the weights of the epoch that did
 # best, which is *early stopping* in its laziest form: it does not even stop. Strictly speaking, the
 # loss that we report is then a little flattering, being the lowest of several on the same text. The
@@ -1233,12 +1234,12 @@ class UserError(Exception):
 #               word not call to spamer, and he sleam, swith a strace keep the Ling.⏎
 #
 # Watch it learn. The first loss lies where it must, close to 4.17. After 500 steps, when train()
-# prints a line of text but no losses, it has found out about spaces, vowels, and the length of
-# words. After one epoch it has beaten n = 3, and knows that in a play, a speech begins with a name,
-# mostly in capitals, and a colon. In the end it is close to n = 4. (How can the loss, after epoch
-# 0, be lower on the text that the model has not read? The two texts come from different plays, and
-# one may be a little easier.) Nobody has told it any of this. All it ever got was the next
-# character.
+# prints a line of text but no losses, the model has found out about spaces, vowels, and the length
+# of words. After one epoch it has beaten n = 3, and knows that in a play, a speech begins with a
+# name, mostly in capitals, and a colon. In the end it is close to n = 4. (How can the loss, after
+# epoch 0, be lower on the text that the model has not read? The two texts come from different
+# plays, and one may be a little easier.) Nobody has told the model any of this. All it ever got was
+# the next character.
 #
 # And this is the run itself, from the file to the finished model. It calls some functions that you
 # have not met. Their names say what they do, and section 12 has them in much the same order.
@@ -1330,14 +1331,14 @@ def train(resume=False):
 # the "u". In this word, heads 0, 2, 3, and 4 attend to the "c" before that, and head 1 to the space
 # before the "c". With the "u" itself, that makes " cou", and the model expects an "n", an "r", or
 # an "l", as in "count", "court", and "could". (It would rather have a count than a court.) Nor is
-# this the luck of one word. Averaged over the validation set, head 6 gives 0.91 of its weight to
+# this the luck of one word. On average over the validation set, head 6 gives 0.91 of its weight to
 # the character before, and each of heads 0 to 4 gives between 0.79 and 0.95 of its weight to the
 # four characters before.
 #
-# We gave it queries and keys made of random numbers. Out of these, following slopes downhill, it
-# has built much the same thing that section 5 called hard to beat: it has all but reinvented the
-# n-gram. Only head 5 has other interests, far back in the line. With more blocks, heads attend to
-# what other heads have found, and the picture is not so easy to read.
+# We gave the model queries and keys made of random numbers. Out of these, following slopes
+# downhill, it has built much the same thing that section 5 called hard to beat: it has all but
+# reinvented the n-gram. Only head 5 has other interests, far back in the line. With more blocks,
+# heads attend to what other heads have found, and the picture is not so easy to read.
 
 
 def bars(shares):
@@ -1402,25 +1403,25 @@ def look(model, tokenizer, prompt):
 # section begins with what to read, and what is good to know before you change anything.
 #
 # But first, turn back to page one. GPT-2 guesses what comes next, and that is all it can do. You
-# have now seen every part of the model, and nothing was hidden. Make our default model a hundred
-# times as wide and thirty times as deep, let it see sixteen times as far, feed it the internet, and
-# you have something very much like GPT-3. And yet no line of this file says what a word is, or a
-# verse, or a speaker. The model follows slopes downhill, and this is what it finds there.
+# now know every part of the model, and nothing was hidden. Make our default model a hundred times
+# as wide and thirty times as deep, let it see sixteen times as far, feed it the internet, and you
+# have something very much like GPT-3. And yet no line of this file says what a word is, or a verse,
+# or a speaker. The model follows slopes downhill, and this is what it finds there.
 
 # %% 12. The parts of a run
 #
 # The papers behind the lesson. Attention and the transformer: Vaswani et al., "Attention Is All You
-# Need", 2017. GPT-2: Radford et al., "Language Models Are Unsupervised Multitask Learners", 2019.
+# Need," 2017. GPT-2: Radford et al., "Language Models Are Unsupervised Multitask Learners," 2019.
 # Byte-pair encoding: Sennrich et al., 2015. Residual connections: He et al., 2015. LayerNorm: Ba et
 # al., 2016. GELU: Hendrycks and Gimpel, 2016. Dropout: Srivastava et al., 2014. Weight tying: Press
 # and Wolf, 2016. Adam: Kingma and Ba, 2014. AdamW: Loshchilov and Hutter, 2017. Top-k sampling: Fan
 # et al., 2018. Modified Kneser-Ney smoothing: Chen and Goodman, 1998.
 #
 # Below is what train() calls, roughly in order of appearance. It holds nothing new about GPT. But
-# first, a few things that will save you trouble when you change anything above. (Four larger edits,
-# each with traps of its own, are in the README, ready and tested: losses and weights every 500
-# steps, gradient accumulation for batches that do not fit into memory, bfloat16, and a script that
-# tries several learning rates.)
+# first, a few things that will save you trouble when you change anything above. (The README has
+# four larger things, each with traps of its own, ready and tested: reporting losses and saving
+# weights every 500 steps, gradient accumulation for batches that do not fit into memory, bfloat16,
+# and a script that tries several learning rates.)
 #
 # The model:
 #
@@ -1444,22 +1445,23 @@ def look(model, tokenizer, prompt):
 #   prompt should then end where a token ends, and an empty one becomes token 0, which should
 #   therefore occur in the training text. With --look, a bar stands for a token, not for a
 #   character.
-# - To train on several texts, split each of them, and join the parts. Otherwise the validation set
-#   is the end of the last text. (train_part is then the beginning of the first text alone.)
+# - To train on several texts, split each of them, then join all the first parts for training, and
+#   all the last parts for validation. Otherwise the validation set is the end of the last text.
+#   (train_part is then the beginning of the first text alone.)
 # - To stop at a certain character, return from the loop in continue_text.
 #
 # The training:
 #
 # - If you change loss_fn, it must remain a mean over rows, since on_two_cores, below, takes the
-#   mean of two halves. evaluate uses it as well. To change the training alone, give another
+#   mean of two halves. evaluate uses loss_fn as well. To change the training alone, give another
 #   function to value_and_grad in make_step.
 # - show_line and report set the random seed. If you call them again and again in mid-epoch, set
-#   another seed after each call, or dropout strikes the same places each time. And save there with
-#   save_model, not with save_epoch, which moves and overwrites MODEL.
-# - All numbers are float32, good for about seven digits. (Some GPUs multiply matrices with only
-#   three, unless MLX_ENABLE_TF32=0 is set.) Large models compute in bfloat16, which has not even
-#   three, so 1 + 0.001 is still 1. A gain of 1 that should move in such small steps would not move
-#   at all, so the weights themselves are kept in float32.
+#   another seed after each call, or dropout strikes the same places each time. And to save there,
+#   use save_model, and not save_epoch, which moves and overwrites MODEL.
+# - All weights are float32, good for about seven digits. (Some GPUs multiply matrices with only
+#   three, unless MLX_ENABLE_TF32=0 is set.) Large models compute in bfloat16, which does not have
+#   even three, so 1 + 0.001 is still 1. A gain of 1 that should move in such small steps would not
+#   move at all, so the weights themselves are kept in float32.
 # - optim.Muon, the optimizer of the README's last step, has another kind of weight decay, which
 #   made things worse here. Set it to 0.
 # - In a script, write `import train` (not `from train import train`), set train.lr, say, and call
@@ -1468,7 +1470,7 @@ def look(model, tokenizer, prompt):
 
 
 MODEL = "model.safetensors"  # the best weights of this run
-PREVIOUS = "previous.safetensors"  # what MODEL was before this run
+PREVIOUS = "previous.safetensors"  # what MODEL was before this run; rename it to bring it back
 CHECKPOINT = "checkpoint.safetensors"  # what --resume needs
 RUN_LOG = "runs.jsonl"  # a line for each finished run
 COMPLETIONS = "completions.txt"  # the text written at the end of a run
@@ -1506,7 +1508,7 @@ def resume_run(model, optimizer, settings):
     """Restores model and optimizer from CHECKPOINT. Returns the history of that run.
 
     Raises UserError if that run had another text or other settings, or is finished. SAMPLING may
-    differ, and so may num_epochs: the learning rate then goes on as in a run of that length.
+    differ, and so may num_epochs: the learning rate then goes on as in a run of the new length.
     """
     saved, notes = load(CHECKPOINT)  # model and optimizer; settings and history
     # {} is for a file that is no checkpoint and has no settings.
@@ -1544,9 +1546,9 @@ def check_machines_agree(plan):
     """Raises UserError if the machines differ in their plans, [settings, history], or cannot share
     the rows of a batch equally.
 
-    The histories differ if a machine has an older checkpoint: only the first machine writes any,
-    and you copy them to the others. And the shares must be equal, because the mean of the means of
-    unequal shares is not the mean of all rows.
+    The histories differ if a machine has an older checkpoint. Only the first machine writes
+    checkpoints, and you copy them to the others. And the shares must be equal, because the mean of
+    the means of unequal shares is not the mean of all rows.
     """
     checksum = mx.array([zlib.crc32(json.dumps(plan).encode())], dtype=mx.uint32)  # (1,)
     # Each machine gets the checksums of all, and compares them with its own.
@@ -1627,8 +1629,8 @@ def save_epoch(model, optimizer, tokenizer, settings, history):
     """Saves the model, if it is the best so far, and then the checkpoint.
 
     After the first epoch of a new run, MODEL and CHECKPOINT are still those of an earlier run. The
-    old checkpoint is removed before anything is saved: if we were killed between the two saves, it
-    would stand beside the new model, and --resume would mix the two runs.
+    old checkpoint is removed before anything is saved. Otherwise, if we were killed between the two
+    saves, it would stand beside the new model, and --resume would mix the two runs.
     """
     if all_machines().rank() > 0:  # only the first machine writes files
         return
@@ -1673,7 +1675,7 @@ def load(path):
 
 
 def save_model(path, model, tokenizer):
-    """Saves the weights, and in the same file what load_model() needs to build the model."""
+    """Saves the weights, and, in the same file, what load_model() needs to build the model."""
     save(path, model.parameters(), {"config": asdict(model.config), "vocab": tokenizer.vocab})
 
 
@@ -1706,10 +1708,10 @@ def finish(settings, history):
     Path(COMPLETIONS).write_text(text, encoding="utf-8", newline="\n")  # on Windows as well
     print(f"\nThe best weights, in {MODEL}, have a validation loss of {best:.4f}. "
           f"Trained in {minutes:.1f} minutes ({device}, MLX {mx.__version__}).")
-    before = previous_run_on(settings["input.txt"])  # the checksum of the text
-    if before is not None:
-        changed = ", ".join(changes(before["settings"], settings)) or "no settings"
-        print(f"The last run on this text had {before['best_val']:.4f}. Changed since: {changed}.")
+    old = previous_run_on(settings["input.txt"])  # the checksum of the text
+    if old is not None:
+        changed = ", ".join(changes(old["settings"], settings)) or "no settings"
+        print(f"An earlier run on this text had {old['best_val']:.4f}. Changed since: {changed}.")
 
 
 def previous_run_on(checksum):
@@ -1757,7 +1759,7 @@ if mx.default_device() == mx.cpu:
 
 
 def main():
-    """Does what the command line says. Shows errors that you can fix on one line."""
+    """Does what the command line says. Shows, on a single line, any error that you can fix."""
     parser = argparse.ArgumentParser(description="Without options: train GPT-2 on input.txt.")
     options = parser.add_mutually_exclusive_group()
     options.add_argument("--sample", metavar="TEXT", nargs="?", const="",  # alone, it means ""
