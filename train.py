@@ -8,7 +8,7 @@
 Show GPT-2 the beginning of a text, and it guesses what comes next. That is all it can do. But add
 the guess to the text and let it guess again, and again, and it writes. Ours guesses one character
 at a time. On a computer without a GPU (but with two idle cores) we train a small model. Given
-nothing but a newline, it writes:
+nothing but a newline (⏎), it writes:
 
     untrained            uQv$?Mz &zsLMx3led,qOyxSH'⏎WUkApi:ikizTyBrFNW'.kJXXZbQviZicmMrM
     after 20 seconds     an dhe sand lith mulup, che ke o donow mup ik bre the ka  there!
@@ -21,10 +21,10 @@ What happens in those four minutes is not magic, and you can read all of it in t
 for generative pre-trained transformer. A *transformer* is one kind of *neural network*, that is, a
 function with a great many adjustable numbers. Nearly all of them start out random, and what the
 untrained model writes looks it. We will build this function piece by piece and have it guess its
-way through a real text. After every few hundred guesses, we nudge each of its numbers in the
-direction that would have made those guesses better. Our library is MLX, Apple's own. It works much
-like NumPy, but it can do two more things: it can use the graphics processor (GPU) of a Mac, and it
-can find those directions for us, all at once.
+way through a real text. After every few hundred guesses or more, we nudge each of its numbers in
+the direction that would have made those guesses better. Our library is MLX, Apple's own. It works
+much like NumPy, but it can do two more things: it can use the graphics processor (GPU) of a Mac,
+and it can find those directions for us, all at once.
 
      1. Settings      5. Loss and learning      9. Generating text       13. The command line
      2. Data          6. Attention             10. Training
@@ -105,7 +105,7 @@ max_new_tokens = 1000  # length of the generated text, in characters
 temperature = 0.8  # 0: always the most likely character; 1: unchanged; above 1: bolder
 top_k = 40  # choose among the k most likely characters; try 5, or None for all of them
 
-# The names of all settings, so that they can be printed, logged, and compared with the settings of
+# The names of the settings, so that they can be printed, logged, and compared with the settings of
 # earlier runs. A setting that you add above joins this list by itself if its name begins with a
 # lowercase letter and its value is a number (0 or above), a switch (True or False), or a string.
 SETTINGS = [name for name, value in globals().items()
@@ -752,9 +752,10 @@ class Block(nn.Module):
 # At the other end, after the blocks and one last LayerNorm, ln_f, stands the *output head*, which
 # has nothing to do with attention heads. The logit of a token is the dot product of the vector with
 # that token's row of wte. So after "What is the cou", the model predicts "n" by making the vector
-# of the "u" resemble the row of "n". Using the same table at both ends is called *weight tying*; it
-# saves parameters and works well. The table has a row for each character of input.txt, and no
-# others, so a model cannot read a prompt with any other character.
+# of the "u" resemble the row of "n". Using the same table at both ends is called *weight tying*. It
+# saves parameters, and what a row has learned about its character at one end serves at the other.
+# The table has a row for each character of input.txt, and no others, so a model cannot read a
+# prompt with any other character.
 #
 # How should the parameters begin? If all were equal, all numbers in a vector would be equal, would
 # get equal gradients, and would stay equal forever, many numbers doing the work of one. The
@@ -1191,9 +1192,9 @@ def make_step(model, optimizer):
         return loss
 
     # Three objects hold all arrays that step reads or changes (apart from x and y): two dicts, and
-    # a list for the random numbers. In each call, the compiled step takes the current values out of
-    # these objects, and puts the new values into them. So if one of the objects is replaced
-    # afterward, step does not notice, and goes on with the old one.
+    # one that keeps the state of the random numbers. In each call, the compiled step takes the
+    # current values out of these objects, and puts the new values into them. So if one of the
+    # objects is replaced afterward, step does not notice, and goes on with the old one.
     state = [model.state, optimizer.state, mx.random.state]
     return mx.compile(step, inputs=state, outputs=state)
 
@@ -1433,9 +1434,9 @@ def look(model, tokenizer, prompt):
 #   `bias`. (An array called `weight` that has a single axis begins as all ones. So an nn.PReLU, a
 #   ReLU whose left half has a learned slope, would begin as a straight line. Give it a rule of its
 #   own.) is_decayed goes by name as well, and takes all matrices in `blocks`.
-# - For rotary positions (RoPE), rotate q and k just before the line that uses the cache. Their
-#   first position is cache.offset, or 0 without a cache. Validation uses no cache, so a wrong
-#   offset spoils only what the model writes; the doctest of KVCache would catch it.
+# - For rotary positions (RoPE), rotate q and k just before `if cache is not None`. Their first
+#   position is cache.offset, or 0 without a cache. Validation uses no cache, so a wrong offset
+#   spoils only what the model writes; the doctest of KVCache would catch it.
 # - Some doctests hold only for a GPT-2 whose tokens are single characters. Once you have another
 #   model, they may fail, and rightly so.
 #
@@ -1448,7 +1449,8 @@ def look(model, tokenizer, prompt):
 # - To train on several texts, split each of them, then join all the first parts for training, and
 #   all the last parts for validation. Otherwise the validation set is the end of the last text.
 #   (train_part is then the beginning of the first text alone.)
-# - To stop at a certain character, return from the loop in continue_text.
+# - To stop at a certain character, return from the loop in continue_text. (show_line goes through
+#   it as well.)
 #
 # The training:
 #
@@ -1511,7 +1513,7 @@ def resume_run(model, optimizer, settings):
     differ, and so may num_epochs: the learning rate then goes on as in a run of the new length.
     """
     saved, notes = load(CHECKPOINT)  # model and optimizer; settings and history
-    # {} is for a file that is no checkpoint and has no settings.
+    # A file that is no checkpoint has no settings. With {}, all of them count as changed.
     changed = changes(notes.get("settings", {}), settings, except_for=["num_epochs", *SAMPLING])
     if changed:
         raise UserError(f"changed since that run: {', '.join(changed)}. Undo this, or start over")
@@ -1521,7 +1523,7 @@ def resume_run(model, optimizer, settings):
     if shapes(saved) != shapes({"model": model.parameters(), "optimizer": optimizer.state}):
         raise UserError(f"{CHECKPOINT} does not match train.py: undo edits, or start over")
     model.update(saved["model"])  # which accepts any shapes, hence the check above
-    optimizer.state = saved["optimizer"]  # a new dict, so call make_step only after this
+    optimizer.state = saved["optimizer"]  # a new dict, so make_step must come after this
     print(f"Resuming after epoch {len(history) - 1}, val = {history[-1]['val']:.4f}")
     return history
 
@@ -1546,9 +1548,9 @@ def check_machines_agree(plan):
     """Raises UserError if the machines differ in their plans, [settings, history], or cannot share
     the rows of a batch equally.
 
-    The histories differ if a machine has an older checkpoint. Only the first machine writes
-    checkpoints, and you copy them to the others. And the shares must be equal, because the mean of
-    the means of unequal shares is not the mean of all rows.
+    With --resume, each machine has just read its own copy of the checkpoint. If one copy is older,
+    their histories differ. And the shares must be equal, because the mean of the means of unequal
+    shares is not the mean of all rows.
     """
     checksum = mx.array([zlib.crc32(json.dumps(plan).encode())], dtype=mx.uint32)  # (1,)
     # Each machine gets the checksums of all, and compares them with its own.
@@ -1577,14 +1579,14 @@ class Progress:
     def __init__(self, step, total_steps):
         self.step = step  # steps made so far, some of them perhaps before a --resume
         self.total_steps = total_steps
-        self.first_step = step + 1
+        self.first_step = step + 1  # of this run of the program; MLX compiles in it
 
     def update(self, loss):
         """Counts a step. Once a second, also checks and prints its loss, a scalar array. Raises
         UserError if the loss is nan or infinite."""
         self.step += 1
         now = time.perf_counter()  # seconds
-        if self.step == self.first_step:  # MLX compiled during this step, so the clock starts now
+        if self.step == self.first_step:  # compiling takes long, so the clock starts only now
             self.started = self.last_print = now
         if now - self.last_print < 1:
             return
@@ -1630,7 +1632,8 @@ def save_epoch(model, optimizer, tokenizer, settings, history):
 
     After the first epoch of a new run, MODEL and CHECKPOINT are still those of an earlier run. The
     old checkpoint is removed before anything is saved. Otherwise, if we were killed between the two
-    saves, it would stand beside the new model, and --resume would mix the two runs.
+    saves, it would stand beside the new model, and --resume would continue the earlier run, whose
+    best weights are no longer in MODEL.
     """
     if all_machines().rank() > 0:  # only the first machine writes files
         return
@@ -1734,7 +1737,8 @@ def on_two_cores(one_core_loss):
     mx.stream(...) go there, and so does what belongs to them in the backward pass. The sum at the
     end waits for both.
     """
-    # An ordinary stream, mx.new_stream, could only be used in the thread that imports this file.
+    # An ordinary stream, mx.new_stream, works only in the thread that imports this file. But some
+    # programs, such as servers, would then call train() in another thread.
     second_stream = mx.new_thread_local_stream(mx.cpu)
 
     def two_core_loss(model, x, y):
@@ -1759,7 +1763,7 @@ if mx.default_device() == mx.cpu:
 
 
 def main():
-    """Does what the command line says. Shows, on a single line, any error that you can fix."""
+    """Does what the command line says. Shows, on a single line, a UserError or OSError."""
     parser = argparse.ArgumentParser(description="Without options: train GPT-2 on input.txt.")
     options = parser.add_mutually_exclusive_group()
     options.add_argument("--sample", metavar="TEXT", nargs="?", const="",  # alone, it means ""
