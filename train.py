@@ -1445,7 +1445,8 @@ def look(model, tokenizer, prompt):
 # - If your tokens are not characters, do not compare losses with ours: a loss is per token. A
 #   prompt should then end where a token ends, and an empty one becomes token 0, which should
 #   therefore occur in the training text. With --look, a bar stands for a token, not for a
-#   character.
+#   character. If you write another class in place of CharTokenizer, let load_model build it as
+#   well.
 # - To train on several texts, split each of them, then join all the first parts for training, and
 #   all the last parts for validation. Otherwise the validation set is the end of the last text.
 #   (train_part is then the beginning of the first text alone.)
@@ -1458,12 +1459,15 @@ def look(model, tokenizer, prompt):
 #   mean of two halves. evaluate uses loss_fn as well. To change the training alone, give another
 #   function to value_and_grad in make_step.
 # - show_line and report set the random seed. If you call them again and again in mid-epoch, set
-#   another seed after each call, or dropout strikes the same places each time. And to save there,
-#   use save_model, and not save_epoch, which moves and overwrites MODEL.
+#   another seed after each call, or dropout strikes the same places each time. To save there, use
+#   save_model, and not save_epoch, which moves and overwrites MODEL. And add nothing to history:
+#   --resume takes its length for the number of epochs.
+# - The learning rate follows the number of updates. If you update only after every fourth batch,
+#   give make_optimizer a quarter of total_steps.
 # - All weights are float32, good for about seven digits. (Some GPUs multiply matrices with only
 #   three, unless MLX_ENABLE_TF32=0 is set.) Large models compute in bfloat16, which does not have
 #   even three, so 1 + 0.001 is still 1. A gain of 1 that should move in such small steps would not
-#   move at all, so the weights themselves are kept in float32.
+#   move at all. So the weights are kept in float32, and each step computes with bfloat16 copies.
 # - optim.Muon, the optimizer of the README's last step, has another kind of weight decay, which
 #   made things worse here. Set it to 0.
 # - In a script, write `import train` (not `from train import train`), set train.lr, say, and call
