@@ -7,7 +7,7 @@
 
 Show GPT-2 the beginning of a text, and it guesses what comes next. That is all it can do. But add
 the guess to the text and let it guess again, and again, and it writes. Ours guesses one character
-at a time. On a computer without a GPU (but with two idle cores) we train a small model. Given
+at a time. On a computer without a GPU (but with two idle cores), we train a small model. Given
 nothing but a newline (⏎), it writes:
 
     untrained            uQv$?Mz &zsLMx3led,qOyxSH'⏎WUkApi:ikizTyBrFNW'.kJXXZbQviZicmMrM
@@ -21,10 +21,10 @@ What happens in those four minutes is not magic, and you can read all of it in t
 for generative pre-trained transformer. A *transformer* is one kind of *neural network*, that is, a
 function with a great many adjustable numbers. Nearly all of them start out random, and what the
 untrained model writes looks it. We will build this function piece by piece and have it guess its
-way through a real text. After every few hundred guesses or more, we nudge each of its numbers in
-the direction that would have made those guesses better. Our library is MLX, Apple's own. It works
-much like NumPy, but it can do two more things: it can use the graphics processor (GPU) of a Mac,
-and it can find those directions for us, all at once.
+way through a real text. After every few hundred guesses (or, in a larger model, every few
+thousand), we nudge each of its numbers in the direction that would have made those guesses better.
+Our library is MLX, Apple's own. It works much like NumPy, but it can do two more things: it can use
+the graphics processor (GPU) of a Mac, and it can find those directions for us, all at once.
 
      1. Settings      5. Loss and learning      9. Generating text       13. The command line
      2. Data          6. Attention             10. Training
@@ -449,8 +449,8 @@ def causal_mask(T, S):
     return j > i  # (T, S): both are stretched into a table, which is called *broadcasting*
 
 
-# This is the page to read twice, so take it slowly. An average treats all alike, so for "u" the "W"
-# far away would count as much as the "o" next to it. We want each position to choose whom it
+# This is the page to read twice, so take it slowly. An average treats all alike, so the "u" would
+# hear the "W" far away as loudly as the "o" next door. We want each position to choose whom it
 # listens to. So in place of the zeros inside softmax(...), we put *scores*. If position i gives
 # position j a high score, softmax gives j much of the weight, and i *attends to* j.
 #
@@ -649,7 +649,7 @@ class MultiHeadAttention(nn.Module):
 # more to conclude that a word has begun with "cou", so that an "l" or an "n" or an "r" is due. That
 # is the job of the *MLP* (multilayer perceptron, also called a feed-forward network). It works on
 # each position by itself. It has two *linear layers* (each a matrix and its biases, as in
-# nn.Linear), and between them lie 4 * n_emb numbers, the *hidden layer*.
+# nn.Linear), and between them lie 4 * n_emb numbers, which are called the *hidden layer*.
 #
 # A linear layer can only add up evidence. It cannot say "a c counts only if a space comes before
 # it." Nor could two of them alone, because (x @ M) @ N is x @ (M @ N), and M @ N is just another
@@ -744,10 +744,10 @@ class Block(nn.Module):
 # first attention layer, the "a" of "tea" and the "a" of "eta" would get the same average, over an
 # "e", a "t", and an "a". So there is a second table, the *position embedding* wpe, with a row for
 # each position, and the two rows are added. Why add them, rather than put them side by side?
-# Because vectors this long have room for both. If what is said about the character points in one
-# direction, say (5, 0), and what is said about the place in another, say (0, 3), then both can
-# still be read off their sum, (5, 3), and learning can see to it that the directions differ. And
-# why can the model not see more than ctx_len characters? Because wpe has no more rows.
+# Because vectors this long have room for both. Suppose that the character's row points in one
+# direction, such as (5, 0), and the position's row in another, such as (0, 3). Then both can still
+# be read off their sum, (5, 3), and learning can see to it that the directions differ. And why can
+# the model not see more than ctx_len characters? Because wpe has no more rows.
 #
 # At the other end, after the blocks and one last LayerNorm, ln_f, stands the *output head*, which
 # has nothing to do with attention heads. The logit of a token is the dot product of the vector with
@@ -800,10 +800,10 @@ class GPT(nn.Module):
         if weight.ndim == 1:  # the gains of LayerNorm
             return mx.ones_like(weight)
         # std is the standard deviation, and 0.02 is GPT-2's. In GPT-2, a layer that receives 768
-        # numbers of size 1 gives out numbers of size 0.02 * sqrt(768) = 0.55. In our narrower
-        # models, what layers give out begins smaller, and grows. (OpenAI's code has 0.01 for wpe.
-        # And a layer that multiplies two outputs, such as SwiGLU, needs 1 / sqrt(n_emb) here, or
-        # starts nearly dead.)
+        # numbers of size 1 puts out numbers of size 0.02 * sqrt(768) = 0.55. In our narrower
+        # models, the outputs begin smaller, and grow. (OpenAI's code has 0.01 for wpe. And a layer
+        # that multiplies two outputs, such as SwiGLU, needs 1 / sqrt(n_emb) here, or starts nearly
+        # dead.)
         std = 0.02
         if name.endswith("c_proj.weight"):
             # Each block adds the outputs of two c_proj layers to the residual stream. A sum of N
@@ -887,7 +887,7 @@ def count_parameters(model):
 
 # You will want to change the model, and see whether the loss gets better. But what if it gets
 # wonderful? Forget the mask, or one transpose, and positions see the answers. The model is quick to
-# find out, and reports a loss that no honest model could reach. This function notices, and it will
+# take advantage, and reaches a loss that no honest model could. This function notices, and it will
 # be called for each report that train() prints. (Not all mistakes are of this kind. If the targets
 # are shifted the wrong way, so that each is the token before, then the model has only to copy, and
 # the small model's loss falls to 0.05.)
@@ -922,7 +922,7 @@ def sees_the_future(model):
 #
 # What should sample() do? The obvious choice is to take the most likely token each time, which is
 # called *greedy decoding*. Try it: set temperature to 0, and use --sample. Our small model then
-# begins well, "Second Citizen: I have", and goes on with "the stand the stand the stand the said
+# begins well, "Second Citizen:⏎I have", and goes on with "the stand the stand the stand the said
 # the stand", and much the same for as long as you let it. Once it comes back to words that it has
 # written before, it tends to make the same choices again, and to come back once more. So we roll
 # dice, loaded with the model's probabilities. The *temperature* decides how much they are loaded.
@@ -1121,9 +1121,9 @@ def make_optimizer(total_steps):
         return name.startswith("blocks") and weight.ndim == 2
 
     # bias_correction: m and v both start at 0, so at first both are too small. v takes longer to
-    # catch up, and while it lags, m / sqrt(v) would be up to 2.1 times as large as it should be.
-    # The correction scales both of them up to their proper size. (Bias means this fault here, and
-    # not the biases of a layer.)
+    # catch up, and uncorrected, m / sqrt(v) would meanwhile be up to 2.1 times as large as it
+    # should be. The correction scales both of them up to their proper size. (Here, bias means this
+    # fault, and not the biases of a layer.)
     betas = [beta1, beta2]
     decayed = optim.AdamW(learning_rate, betas, weight_decay=weight_decay, bias_correction=True)
     others = optim.AdamW(learning_rate, betas, weight_decay=0.0, bias_correction=True)
@@ -1163,7 +1163,7 @@ def make_optimizer(total_steps):
 # And if you have several Macs? They can train one model together. mlx.launch starts this program on
 # each of them (see the README), each finds the gradient for its own rows of a batch, and the mean
 # of these gradients is the gradient of the whole batch. This is called *data parallelism*. As all
-# machines begin with the same weights and make the same moves, their models stay the same. In
+# machines begin with the same weights and make the same moves, their models stay identical. In
 # make_step, the lines with `machines` and `mine` do it. On a single Mac, they change nothing.
 
 
@@ -1290,7 +1290,7 @@ def train(resume=False):
             # next step.
             mx.async_eval(loss, model.state, optimizer.state)
             progress.update(loss)
-            if progress.step == 500:  # an early look; the README has a diff for more of them
+            if progress.step == 500:  # a first look at the small model; for more, see the README
                 show_line(model, tokenizer)
                 model.train()  # dropout on again, in case step is not compiled
 
@@ -1407,22 +1407,23 @@ def look(model, tokenizer, prompt):
 # now know every part of the model, and nothing was hidden. Make our default model a hundred times
 # as wide and thirty times as deep, let it see sixteen times as far, feed it the internet, and you
 # have something very much like GPT-3. And yet no line of this file says what a word is, or a verse,
-# or a speaker. The model follows slopes downhill, and this is what it finds there.
+# or a speaker. The model follows slopes downhill, and there it finds them.
 
 # %% 12. The parts of a run
 #
-# The papers behind the lesson. Attention and the transformer: Vaswani et al., "Attention Is All You
-# Need," 2017. GPT-2: Radford et al., "Language Models Are Unsupervised Multitask Learners," 2019.
-# Byte-pair encoding: Sennrich et al., 2015. Residual connections: He et al., 2015. LayerNorm: Ba et
-# al., 2016. GELU: Hendrycks and Gimpel, 2016. Dropout: Srivastava et al., 2014. Weight tying: Press
-# and Wolf, 2016. Adam: Kingma and Ba, 2014. AdamW: Loshchilov and Hutter, 2017. Top-k sampling: Fan
-# et al., 2018. Modified Kneser-Ney smoothing: Chen and Goodman, 1998.
+# The papers behind the lesson. Attention: Bahdanau et al., 2014. The transformer: Vaswani et al.,
+# "Attention Is All You Need," 2017. GPT-2: Radford et al., "Language Models Are Unsupervised
+# Multitask Learners," 2019. Byte-pair encoding: Sennrich et al., 2015. Residual connections: He et
+# al., 2015. LayerNorm: Ba et al., 2016. GELU: Hendrycks and Gimpel, 2016. Dropout: Srivastava et
+# al., 2014. Weight tying: Press and Wolf, 2016. Adam: Kingma and Ba, 2014. AdamW: Loshchilov and
+# Hutter, 2017. Top-k sampling: Fan et al., 2018. Modified Kneser-Ney smoothing: Chen and Goodman,
+# 1998.
 #
 # Below is what train() calls, roughly in order of appearance. It holds nothing new about GPT. But
 # first, a few things that will save you trouble when you change anything above. (The README has
-# four larger things, each with traps of its own, ready and tested: reporting losses and saving
-# weights every 500 steps, gradient accumulation for batches that do not fit into memory, bfloat16,
-# and a script that tries several learning rates.)
+# four larger changes, ready and tested, each of which has traps of its own: reporting losses and
+# saving weights every 500 steps, gradient accumulation for batches that do not fit into memory,
+# bfloat16, and a script that tries several learning rates.)
 #
 # The model:
 #
@@ -1430,7 +1431,7 @@ def look(model, tokenizer, prompt):
 #   the model as it was, so that older files still load), in the call to GPTConfig in train(), and,
 #   if it cannot be 0, in AT_LEAST_1, below. Then check whether `parameters`, in the first lines of
 #   a run, is what it should be.
-# - init_weight goes by name. In a layer of your own, call matrices and gains `weight` and biases
+# - init_weight goes by name. In a layer of your own, name a matrix or a gain `weight`, and a bias
 #   `bias`. (An array called `weight` that has a single axis begins as all ones. So an nn.PReLU, a
 #   ReLU whose left half has a learned slope, would begin as a straight line. Give it a rule of its
 #   own.) is_decayed goes by name as well, and takes all matrices in `blocks`.
@@ -1449,7 +1450,7 @@ def look(model, tokenizer, prompt):
 #   well.
 # - To train on several texts, split each of them, then join all the first parts for training, and
 #   all the last parts for validation. Otherwise the validation set is the end of the last text.
-#   (train_part is then the beginning of the first text alone.)
+#   (Either way, train_part comes from the beginning, perhaps from the first text alone.)
 # - To stop at a certain character, return from the loop in continue_text. (show_line goes through
 #   it as well.)
 #
@@ -1471,8 +1472,8 @@ def look(model, tokenizer, prompt):
 # - optim.Muon, the optimizer of the README's last step, has another kind of weight decay, which
 #   made things worse here. Set it to 0.
 # - In a script, write `import train` (not `from train import train`), set train.lr, say, and call
-#   train.train(), in which step is compiled anew. Setting train.small comes too late, since it has
-#   already chosen the sizes: set those.
+#   train.train(), which compiles step anew. It is too late to set train.small, which chose the
+#   sizes during the import. Set the sizes themselves.
 
 
 MODEL = "model.safetensors"  # the best weights of this run
@@ -1517,7 +1518,8 @@ def resume_run(model, optimizer, settings):
     differ, and so may num_epochs: the learning rate then goes on as in a run of the new length.
     """
     saved, notes = load(CHECKPOINT)  # model and optimizer; settings and history
-    # A file that is no checkpoint has no settings. With {}, all of them count as changed.
+    # A file that is no checkpoint has no settings. With {} in their place, all of ours count as
+    # changed.
     changed = changes(notes.get("settings", {}), settings, except_for=["num_epochs", *SAMPLING])
     if changed:
         raise UserError(f"changed since that run: {', '.join(changed)}. Undo this, or start over")
@@ -1552,9 +1554,9 @@ def check_machines_agree(plan):
     """Raises UserError if the machines differ in their plans, [settings, history], or cannot share
     the rows of a batch equally.
 
-    With --resume, each machine has just read its own copy of the checkpoint. If one copy is older,
-    their histories differ. And the shares must be equal, because the mean of the means of unequal
-    shares is not the mean of all rows.
+    With --resume, each machine has just read its own copy of the checkpoint (you copied it there).
+    If one copy is older, their histories differ. And the shares must be equal, because the mean of
+    the means of unequal shares is not the mean of all rows.
     """
     checksum = mx.array([zlib.crc32(json.dumps(plan).encode())], dtype=mx.uint32)  # (1,)
     # Each machine gets the checksums of all, and compares them with its own.
@@ -1583,14 +1585,14 @@ class Progress:
     def __init__(self, step, total_steps):
         self.step = step  # steps made so far, some of them perhaps before a --resume
         self.total_steps = total_steps
-        self.first_step = step + 1  # of this run of the program; MLX compiles in it
+        self.first_step = step + 1  # of this process; during this step, MLX compiles
 
     def update(self, loss):
         """Counts a step. Once a second, also checks and prints its loss, a scalar array. Raises
         UserError if the loss is nan or infinite."""
         self.step += 1
         now = time.perf_counter()  # seconds
-        if self.step == self.first_step:  # compiling takes long, so the clock starts only now
+        if self.step == self.first_step:  # compiling takes a while, so the clock starts only now
             self.started = self.last_print = now
         if now - self.last_print < 1:
             return
@@ -1637,7 +1639,7 @@ def save_epoch(model, optimizer, tokenizer, settings, history):
     After the first epoch of a new run, MODEL and CHECKPOINT are still those of an earlier run. The
     old checkpoint is removed before anything is saved. Otherwise, if we were killed between the two
     saves, it would stand beside the new model, and --resume would continue the earlier run, whose
-    best weights are no longer in MODEL.
+    best weights would no longer be in MODEL.
     """
     if all_machines().rank() > 0:  # only the first machine writes files
         return
@@ -1700,7 +1702,7 @@ def load_model(path):
 
 
 def finish(settings, history):
-    """Logs the run, writes a text with the best weights, and names an earlier run to compare."""
+    """Logs the run, writes a text with the best weights, and compares it with an earlier run."""
     if all_machines().rank() > 0:
         return
     best = min(epoch["val"] for epoch in history)
@@ -1737,12 +1739,12 @@ def on_two_cores(one_core_loss):
     """Returns a function that computes the same loss, a mean over rows, on two CPU cores.
 
     MLX computes operations in the order in which they stand in a queue, called a stream. On a CPU,
-    each stream uses one core, so it takes a second stream to use another. Operations made under
-    mx.stream(...) go there, and so does what belongs to them in the backward pass. The sum at the
-    end waits for both.
+    each stream uses one core, so it takes a second stream to use a second core. Operations made
+    under mx.stream(...) go there, and so does what belongs to them in the backward pass. The sum at
+    the end waits for both.
     """
     # An ordinary stream, mx.new_stream, works only in the thread that imports this file. But some
-    # programs, such as servers, would then call train() in another thread.
+    # programs, such as servers, call train() in another thread.
     second_stream = mx.new_thread_local_stream(mx.cpu)
 
     def two_core_loss(model, x, y):
@@ -1767,7 +1769,7 @@ if mx.default_device() == mx.cpu:
 
 
 def main():
-    """Does what the command line says. Shows, on a single line, a UserError or OSError."""
+    """Does what the command line says. Turns a UserError or an OSError into a single line."""
     parser = argparse.ArgumentParser(description="Without options: train GPT-2 on input.txt.")
     options = parser.add_mutually_exclusive_group()
     options.add_argument("--sample", metavar="TEXT", nargs="?", const="",  # alone, it means ""
