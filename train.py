@@ -1464,7 +1464,8 @@ def look(model, tokenizer, prompt):
 #   save_model, and not save_epoch, which moves and overwrites MODEL. And add nothing to history:
 #   --resume takes its length for the number of epochs.
 # - The learning rate follows the number of updates. If you update only after every fourth batch,
-#   give make_optimizer a quarter of total_steps.
+#   give make_optimizer a quarter of total_steps, and drop what is left over at the end of an epoch,
+#   since a checkpoint does not hold it.
 # - All weights are float32, good for about seven digits. (Some GPUs multiply matrices with only
 #   three, unless MLX_ENABLE_TF32=0 is set.) Large models compute in bfloat16, which does not have
 #   even three, so 1 + 0.001 is still 1. A gain of 1 that should move in such small steps would not
