@@ -19,8 +19,8 @@ which takes longer, learns to spell, and even keeps to the meter now and then.
 
 What happens in those four minutes is not magic, and you can read all of it in this file. GPT stands
 for generative pre-trained transformer. A *transformer* is one kind of *neural network*, that is, a
-function with a great many adjustable numbers. Nearly all of them start out random, and what the
-untrained model writes looks it. We will build this function piece by piece and have it guess its
+function with a great many adjustable numbers. Nearly all of them start out random, and it shows in
+what the untrained model writes. We will build this function piece by piece and have it guess its
 way through a real text. After every few hundred guesses (or, in a larger model, every few
 thousand), we nudge each of its numbers in the direction that would have made those guesses better.
 Our library is MLX, Apple's own. It works much like NumPy, but it can do two more things: it can use
@@ -115,7 +115,7 @@ SETTINGS = [name for name, value in globals().items()
 #
 # All our data is one text file. The one that comes with this program holds eight plays in the
 # manner of Shakespeare, written for the purpose. (Its first line is borrowed from the file known as
-# Tiny Shakespeare, but the rest is another text, so losses on the two cannot be compared.)
+# Tiny Shakespeare, but the rest is a different text, so losses on the two cannot be compared.)
 #
 # How will we know whether the model has learned something about the language? If it has read a line
 # a thousand times, being able to recite it proves nothing. So it learns from only the first
@@ -351,8 +351,8 @@ def toy_loss(w):
 #     loss       0.6931   0.5991   0.5740   0.5664   ...   0.5623
 #
 # Look where w settles: where p is 3/4, which is exactly how often an "a" comes up. (The slope turns
-# out to be p - 3/4, so there it is 0, and nothing moves w any further.) Nobody told the model to
-# count letters. It counted them because that is what makes the loss small. Yet the loss does not
+# out to be p - 3/4. At that point it is 0, and nothing moves w any further.) Nobody told the model
+# to count letters. It counted them because that is what makes the loss small. Yet the loss does not
 # reach 0, because the next letter is partly chance, as it is in English. And if we are impatient?
 # With a learning rate of 20, the first step overshoots to w = 5, where the loss is 1.26, worse than
 # at the start.
@@ -513,7 +513,7 @@ def attention_weights(q, k):
      [0.89 0.11 0.  ]
      [0.06 0.47 0.47]]
 
-    The first position can only attend to itself. The query of the second, (3, 0), agrees with the
+    The first position can attend only to itself. The query of the second, (3, 0), agrees with the
     first key. (It agrees with the third just as well, but that one is in the future.) The third
     attends to the second and to itself. Now everyone collects values in these proportions, which
     is a matrix product once more: in each row, the weights times the values they belong to, added
@@ -600,7 +600,7 @@ class MultiHeadAttention(nn.Module):
         # single number, memorizing becomes hard. Such measures against overfitting are called
         # *regularization*. (On Tiny Shakespeare, our default model did just as well with more
         # weight decay and no dropout, so in the settings above dropout is 0.) Dropout acts only in
-        # training: model.train() turns it on, and model.eval() off.
+        # training: model.train() turns it on, and model.eval() turns it off.
         self.attn_dropout = nn.Dropout(config.dropout)
         self.resid_dropout = nn.Dropout(config.dropout)  # residual: see section 7
 
@@ -651,13 +651,14 @@ class MultiHeadAttention(nn.Module):
 # each position by itself. It has two *linear layers* (each a matrix and its biases, as in
 # nn.Linear), and between them lie 4 * n_emb numbers, which are called the *hidden layer*.
 #
-# A linear layer can only add up evidence. It cannot say "a c counts only if a space comes before
+# A linear layer can only add up evidence. It cannot say, "A c counts only if a space comes before
 # it." Nor could two of them alone, because (x @ M) @ N is x @ (M @ N), and M @ N is just another
 # matrix. Something whose graph is not a straight line must go between them: a *nonlinearity*, or
-# activation function. The simplest is *ReLU*, max(0, x). If c and s are each 0 or 1, then max(0,
-# c + s - 1) is 1 only if both are: a corner in the graph is enough to say "and." GPT-2 uses *GELU*,
-# which is much the same, but with the corner rounded off. It is x times the probability that a
-# random number from the bell curve (mean 0, variance 1) is below x.
+# activation function. The simplest is *ReLU*, max(0, x). Let c be 1 if there is a c, and s be 1 if
+# a space comes before it, and let each be 0 otherwise. Then max(0, c + s - 1) is 1 only if both
+# are: a corner in the graph is enough to say "and." GPT-2 uses *GELU*, which is much the same, but
+# with the corner rounded off. It is x times the probability that a random number from the bell
+# curve (mean 0, variance 1) is below x.
 #
 #     x           -3       -0.75    0        1        3
 #     gelu(x)     -0.004   -0.170   0        0.841    2.996
@@ -754,7 +755,7 @@ class Block(nn.Module):
 # that token's row of wte. So after "What is the cou", the model predicts "n" by making the vector
 # of the "u" resemble the row of "n". Using the same table at both ends is called *weight tying*. It
 # saves parameters, and what a row has learned about its character at one end serves at the other.
-# The table has a row for each character of input.txt, and no others, so a model cannot read a
+# The table has a row for each character of input.txt, and for no others, so a model cannot read a
 # prompt with any other character.
 #
 # How should the parameters begin? If all were equal, all numbers in a vector would be equal, would
@@ -783,7 +784,7 @@ class GPT(nn.Module):
         self.ln_f = nn.LayerNorm(config.n_emb)
         # The parameters of a Module form a tree: dicts and lists, one inside another like the parts
         # they belong to, with arrays at the ends. This calls init_weight(name, array) for each
-        # array, and puts the results in their place.
+        # array, and puts the result in its place.
         self.update(tree_map_with_path(self.init_weight, self.trainable_parameters()))
 
     def init_weight(self, name, weight):
@@ -905,7 +906,7 @@ def sees_the_future(model):
     model.eval()
     tokens = mx.zeros((1, model.config.ctx_len), dtype=mx.int32)  # (1, ctx_len)
     changed = mx.zeros_like(tokens)  # (1, ctx_len)
-    changed[:, -1] = model.config.vocab_size - 1  # another last token
+    changed[:, -1] = model.config.vocab_size - 1  # a different last token
     change = mx.abs(model(changed) - model(tokens))  # (1, ctx_len, vocab_size)
     return mx.any(change[:, :-1] > 0).item()  # > 0: what does not depend on it is exactly equal
 
@@ -1099,9 +1100,9 @@ def make_optimizer(total_steps):
     And why does the rate fall? Near the goal the batches quarrel, and every parameter keeps jumping
     around. A lower rate lets it settle.
 
-    The rate is the lower of two straight lines. One rises to lr during warmup. The other falls from
-    lr at step 0 to 0 at the end. So they cross a little below lr, or, in a run of few steps, far
-    below it; such a run needs a shorter warmup.
+    The rate is the lower of two straight lines. One rises to lr during warmup. The other starts at
+    lr in step 0, and falls to 0 by the end. So they cross a little below lr, or, in a run of few
+    steps, far below it; such a run needs a shorter warmup.
     """
 
     # AdamW calls this with the number of the step, an mx.array, and wants an mx.array back. (The
@@ -1121,9 +1122,9 @@ def make_optimizer(total_steps):
         return name.startswith("blocks") and weight.ndim == 2
 
     # bias_correction: m and v both start at 0, so at first both are too small. v takes longer to
-    # catch up, and uncorrected, m / sqrt(v) would meanwhile be up to 2.1 times as large as it
-    # should be. The correction scales both of them up to their proper size. (Here, bias means this
-    # fault, and not the biases of a layer.)
+    # catch up, so without a correction, m / sqrt(v) would meanwhile be up to 2.1 times as large as
+    # it should be. The correction scales both of them up to their proper size. (Here, "bias" means
+    # this fault, and not the biases of a layer.)
     betas = [beta1, beta2]
     decayed = optim.AdamW(learning_rate, betas, weight_decay=weight_decay, bias_correction=True)
     others = optim.AdamW(learning_rate, betas, weight_decay=0.0, bias_correction=True)
@@ -1338,8 +1339,8 @@ def train(resume=False):
 #
 # We gave the model queries and keys made of random numbers. Out of these, following slopes
 # downhill, it has built much the same thing that section 5 called hard to beat: it has all but
-# reinvented the n-gram. Only head 5 has other interests, far back in the line. With more blocks,
-# heads attend to what other heads have found, and the picture is not so easy to read.
+# reinvented the n-gram model. Only head 5 has other interests, far back in the line. With more
+# blocks, heads attend to what other heads have found, and the picture is not so easy to read.
 
 
 def bars(shares):
@@ -1421,16 +1422,16 @@ def look(model, tokenizer, prompt):
 #
 # Below is what train() calls, roughly in order of appearance. It holds nothing new about GPT. But
 # first, a few things that will save you trouble when you change anything above. (The README has
-# four larger changes, ready and tested, each of which has traps of its own: reporting losses and
-# saving weights every 500 steps, gradient accumulation for batches that do not fit into memory,
-# bfloat16, and a script that tries several learning rates.)
+# four larger changes, ready and tested: reporting losses and saving weights every 500 steps,
+# gradient accumulation for batches that do not fit into memory, bfloat16, and a script that tries
+# several learning rates. Each has traps of its own.)
 #
 # The model:
 #
-# - A new size belongs in the settings, in GPTConfig (as its last field, with a default that leaves
-#   the model as it was, so that older files still load), in the call to GPTConfig in train(), and,
-#   if it cannot be 0, in AT_LEAST_1, below. Then check whether `parameters`, in the first lines of
-#   a run, is what it should be.
+# - A new size belongs in the settings, in GPTConfig, and in the call to GPTConfig in train(). If it
+#   cannot be 0, it belongs in AT_LEAST_1, below, as well. In GPTConfig, make it the last field,
+#   with a default that leaves the model as it was, so that older files still load. Then check
+#   whether `parameters`, in the first lines of a run, is what it should be.
 # - init_weight goes by name. In a layer of your own, name a matrix or a gain `weight`, and a bias
 #   `bias`. (An array called `weight` that has a single axis begins as all ones. So an nn.PReLU, a
 #   ReLU whose left half has a learned slope, would begin as a straight line. Give it a rule of its
@@ -1460,9 +1461,9 @@ def look(model, tokenizer, prompt):
 #   mean of two halves. evaluate uses loss_fn as well. To change the training alone, give another
 #   function to value_and_grad in make_step.
 # - show_line and report set the random seed. If you call them again and again in mid-epoch, set
-#   another seed after each call, or dropout strikes the same places each time. To save there, use
-#   save_model, and not save_epoch, which moves and overwrites MODEL. And add nothing to history:
-#   --resume takes its length for the number of epochs.
+#   another seed after each call, or dropout strikes the same places each time. To save in
+#   mid-epoch, use save_model, and not save_epoch, which moves and overwrites MODEL. And add nothing
+#   to history: --resume takes its length for the number of epochs.
 # - The learning rate follows the number of updates. If you update only after every fourth batch,
 #   give make_optimizer a quarter of total_steps, and drop what is left over at the end of an epoch,
 #   since a checkpoint does not hold it.
@@ -1485,7 +1486,7 @@ COMPLETIONS = "completions.txt"  # the text written at the end of a run
 
 AT_LEAST_1 = ["ctx_len", "n_emb", "n_heads", "n_layers", "num_epochs", "batch_size",
               "max_new_tokens", "top_k"]  # all other settings that are numbers: at least 0
-SAMPLING = ["max_new_tokens", "temperature", "top_k"]  # those that only matter for writing
+SAMPLING = ["max_new_tokens", "temperature", "top_k"]  # those that matter only for writing
 
 
 def check_settings(names):
@@ -1515,8 +1516,9 @@ def collect_settings(text, model):
 def resume_run(model, optimizer, settings):
     """Restores model and optimizer from CHECKPOINT. Returns the history of that run.
 
-    Raises UserError if that run had another text or other settings, or is finished. SAMPLING may
-    differ, and so may num_epochs: the learning rate then goes on as in a run of the new length.
+    Raises UserError if that run had a different text or different settings, or is finished.
+    SAMPLING may differ, and so may num_epochs: the learning rate then goes on as in a run of the
+    new length.
     """
     saved, notes = load(CHECKPOINT)  # model and optimizer; settings and history
     # A file that is no checkpoint has no settings. With {} in their place, all of ours count as
