@@ -1532,7 +1532,7 @@ def resume_run(model, optimizer, settings):
     if shapes(saved) != shapes({"model": model.parameters(), "optimizer": optimizer.state}):
         raise UserError(f"{CHECKPOINT} does not match train.py: undo edits, or start over")
     model.update(saved["model"])  # which accepts any shapes, hence the check above
-    optimizer.state = saved["optimizer"]  # a new dict, so make_step must come after this
+    optimizer.state = saved["optimizer"]  # a new dict, so make_step must come later (see there)
     print(f"Resuming after epoch {len(history) - 1}, val = {history[-1]['val']:.4f}")
     return history
 
@@ -1588,14 +1588,15 @@ class Progress:
     def __init__(self, step, total_steps):
         self.step = step  # steps made so far, some of them perhaps before a --resume
         self.total_steps = total_steps
-        self.first_step = step + 1  # of this process; during this step, MLX compiles
+        # The first step of this process is slow, because MLX compiles, so it is not timed.
+        self.first_step = step + 1
 
     def update(self, loss):
         """Counts a step. Once a second, also checks and prints its loss, a scalar array. Raises
         UserError if the loss is nan or infinite."""
         self.step += 1
         now = time.perf_counter()  # seconds
-        if self.step == self.first_step:  # compiling takes a while, so the clock starts only now
+        if self.step == self.first_step:  # the clock starts after it
             self.started = self.last_print = now
         if now - self.last_print < 1:
             return
@@ -1641,8 +1642,8 @@ def save_epoch(model, optimizer, tokenizer, settings, history):
 
     After the first epoch of a new run, MODEL and CHECKPOINT are still those of an earlier run. The
     old checkpoint is removed before anything is saved. Otherwise, if we were killed between the two
-    saves, it would stand beside the new model, and --resume would continue the earlier run, whose
-    best weights would no longer be in MODEL.
+    saves, the old checkpoint would stand beside the new model, and --resume would continue the
+    earlier run, whose best weights would no longer be in MODEL.
     """
     if all_machines().rank() > 0:  # only the first machine writes files
         return
@@ -1705,7 +1706,8 @@ def load_model(path):
 
 
 def finish(settings, history):
-    """Logs the run, writes a text with the best weights, and compares it with an earlier run."""
+    """Logs the run, writes a text with the best weights, and compares the run with an earlier
+    one."""
     if all_machines().rank() > 0:
         return
     best = min(epoch["val"] for epoch in history)
@@ -1739,15 +1741,15 @@ def previous_run_on(checksum):
 
 
 def on_two_cores(one_core_loss):
-    """Returns a function that computes the same loss, a mean over rows, on two CPU cores.
+    """Returns a function that computes the same loss, a mean over rows, on two CPU cores: each gets
+    half of the rows, and the two losses are averaged.
 
     MLX computes operations in the order in which they stand in a queue, called a stream. On a CPU,
     each stream uses one core, so it takes a second stream to use a second core. Operations made
     under mx.stream(...) go there, and so does what belongs to them in the backward pass. The sum at
     the end waits for both.
     """
-    # An ordinary stream, mx.new_stream, works only in the thread that imports this file. But some
-    # programs, such as servers, call train() in another thread.
+    # Thread-local, so that it also works if train() is called from another thread than this one.
     second_stream = mx.new_thread_local_stream(mx.cpu)
 
     def two_core_loss(model, x, y):
@@ -1775,7 +1777,7 @@ def main():
     """Does what the command line says. Turns a UserError or an OSError into a single line."""
     parser = argparse.ArgumentParser(description="Without options: train GPT-2 on input.txt.")
     options = parser.add_mutually_exclusive_group()
-    options.add_argument("--sample", metavar="TEXT", nargs="?", const="",  # alone, it means ""
+    options.add_argument("--sample", metavar="TEXT", nargs="?", const="",  # without TEXT: ""
                          help="continue TEXT with the trained model (--sample=TEXT if TEXT begins "
                          "with a minus sign; another seed in train.py gives another text)")
     options.add_argument("--look", metavar="TEXT",

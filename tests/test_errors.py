@@ -49,7 +49,8 @@ def test_files_that_cannot_be_used(trained, tiny, command, arguments, name):
     other = ({"model.safetensors", "checkpoint.safetensors"} - {name}).pop()
     arrays, notes = mx.load(name, return_metadata=True)
     saved = [({"weight": mx.zeros(3)}, {}), ({**arrays, "model.new": mx.ones(1)}, notes),
-             (arrays, {"notes": notes["notes"].replace('"n_emb"', '"d_model"')})]
+             *[(arrays, {"notes": notes["notes"].replace(own, '"their_name"')})
+               for own in ('"n_emb"', '"vocab"', '"settings"') if own in notes["notes"]]]
     contents = [b"", b"Sonnet 18", trained.read(name)[:-1], trained.read(other)]
     for given in saved:
         mx.save_safetensors("file.safetensors", *given)
