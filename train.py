@@ -1122,9 +1122,9 @@ def make_optimizer(total_steps):
         return name.startswith("blocks") and weight.ndim == 2
 
     # bias_correction: m and v both start at 0, so at first both are too small. v takes longer to
-    # catch up, so without a correction, m / sqrt(v) would meanwhile be up to 2.1 times as large as
-    # it should be. The correction scales both of them up to their proper size. (Here, "bias" means
-    # this fault, and not the biases of a layer.)
+    # catch up, so without a correction, m / sqrt(v) would be up to 2.1 times as large as it should
+    # be. The correction scales both of them up to their proper size. (Here, "bias" means this
+    # fault, and not the biases of a layer.)
     betas = [beta1, beta2]
     decayed = optim.AdamW(learning_rate, betas, weight_decay=weight_decay, bias_correction=True)
     others = optim.AdamW(learning_rate, betas, weight_decay=0.0, bias_correction=True)
@@ -1499,7 +1499,7 @@ def check_settings(names):
     for name in names:
         value = globals()[name]
         least = 1 if name in AT_LEAST_1 else 0
-        if isinstance(value, (int, float)) and value < least:
+        if isinstance(value, (int, float)) and not value >= least:  # this refuses nan as well
             raise UserError(f"{name} = {value} must be at least {least}")
     if "n_heads" in names and n_emb % n_heads != 0:
         raise UserError(f"n_emb = {n_emb} must be a multiple of n_heads = {n_heads}")

@@ -17,7 +17,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "lab")]
 
 import mlx.core as mx  # noqa: E402
 import train  # noqa: E402
-from helpers import TINY, Folder  # noqa: E402
+from helpers import TINY, Folder, noting_steps  # noqa: E402
 
 SHIPPED = 366729240  # the checksum of input.txt
 
@@ -109,20 +109,13 @@ def watch(monkeypatch):
 def steps(monkeypatch):
     """Notes each step of a run, and gives it a time that only steps take: the first 1000 seconds
     (it compiles), each other one as many as the test says."""
-    steps = SimpleNamespace(seconds=20, rows=[])
-    make_step, clock = train.make_step, [0]
+    steps, clock = SimpleNamespace(seconds=20, rows=[]), [0]
 
-    def make_noting_step(model, optimizer):
-        step, first = make_step(model, optimizer), len(steps.rows)
+    def note(model, i, x):
+        clock[0] += steps.seconds if i > 0 else 1000
+        steps.rows.append(x.tolist())
 
-        def noting(x, y):
-            clock[0] += steps.seconds if len(steps.rows) > first else 1000
-            steps.rows.append(x.tolist())
-            return step(x, y)
-
-        return noting
-
-    monkeypatch.setattr(train, "make_step", make_noting_step)
+    monkeypatch.setattr(train, "make_step", noting_steps(train.make_step, note))
     monkeypatch.setattr(train.time, "perf_counter", lambda: clock[0])
     return steps
 

@@ -1,5 +1,6 @@
 """What the tests share: tiny settings, edits of train.py, and runs of it in a folder."""
 
+import itertools
 import json
 import os
 import re
@@ -101,7 +102,20 @@ def agrees(value, rounded, places):
     return abs(value - rounded) <= 0.5000001 * 10**-places
 
 
-# What a run prints and leaves
+# What a run does, prints, and leaves
+
+
+def noting_steps(make_step, note):
+    """make_step, but before each step note(model, i, x) is called, where i counts from 0."""
+    def make_noting_step(model, optimizer):
+        step, numbers = make_step(model, optimizer), itertools.count()
+
+        def noting(x, y):
+            note(model, next(numbers), x)
+            return step(x, y)
+
+        return noting
+    return make_noting_step
 
 
 def losses(output):

@@ -147,7 +147,7 @@ NUMBER = r"(-?\d[\d,]*\.?\d*)"
     (rf"50,257 tokens\D* {NUMBER} million",
      lambda: reference.count_parameters(50257, 1024, 768, 12) / 1e6),
     (rf"0\.9 \*\* 10 = {NUMBER}", lambda: 0.9**10),
-    (rf"m / sqrt\(v\) would (?:\w+ )?be up to {NUMBER}",
+    (rf"m / sqrt\(v\) would be up to {NUMBER}",
      lambda: max((1 - 0.9**t) / math.sqrt(1 - 0.99**t) for t in range(1, 100))),
     (rf"the ratio is only {NUMBER}", lambda: adam([1, -1] * 2000)),
     (rf"random signs\D* {NUMBER}",

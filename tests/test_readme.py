@@ -15,7 +15,8 @@ import pytest
 import reference
 import train
 from helpers import (ROOT, SOURCE, TINY, agrees, applied, edited, epochs, forced, missing,
-                     module_from, named, random_tokens, refused, run_log, with_settings)
+                     module_from, named, noting_steps, random_tokens, refused, run_log,
+                     with_settings)
 from mlx.utils import tree_flatten
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -73,8 +74,8 @@ def test_a_step_of_the_ladder(number, steps, folder, command):
     assert mx.abs(mx.concatenate(parts, axis=1) - whole).max().item() < 1e-4
 
     if number == 5:  # without the new size, the model is that of older files
-        sizes = dict(vocab_size=11, ctx_len=12, n_emb=16, n_heads=2, n_layers=1, dropout=0.0)
-        new, old = (script.GPT(script.GPTConfig(**sizes)) for script in (module, before))
+        old = benchmark.new_model(before)
+        new = module.GPT(module.GPTConfig(**vars(old.config)))
         assert module.shapes(new.parameters()) == module.shapes(old.parameters())
 
     before.num_epochs = module.num_epochs = 3
@@ -93,18 +94,12 @@ def larger():
 def test_losses_and_weights_every_500_steps(larger, folder, command, monkeypatch):
     source = edited(larger[1], (r"progress\.step % 500", "progress.step % 5"))
     module = module_from(with_settings(source, dropout=0.5))
-    make_step, steps = module.make_step, []
+    steps = []
 
-    def make_noting_step(model, optimizer):
-        step = make_step(model, optimizer)
+    def note(model, *_):
+        steps.append((model.training, *mx.random.state[0].tolist()))
 
-        def noting(x, y):
-            steps.append((model.training, *mx.random.state[0].tolist()))
-            return step(x, y)
-
-        return noting
-
-    monkeypatch.setattr(module, "make_step", make_noting_step)
+    monkeypatch.setattr(module, "make_step", noting_steps(module.make_step, note))
     output, _ = command(module=module)
     assert epochs(output) == [0, 1]
     looks = re.findall(r"^Step (\d+) \| train = (\S+) \| val = (\S+) \|", output, re.M)

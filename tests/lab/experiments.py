@@ -127,7 +127,8 @@ def main():
     if arguments.ladder:
         runs = {number: (source, shipped) for number, source in enumerate(ladder(original))}
     elif arguments.larger:
-        runs = {number: (source, shipped) for number, source in larger(original).items()}
+        sources = {0: original, **larger(original)}
+        runs = {number: (source, shipped) for number, source in sources.items()}
     else:
         runs = {0: (original, shipped)}
         for number, (language, block) in experiments().items():
